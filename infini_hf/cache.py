@@ -1,0 +1,290 @@
+"""`InfiniCache`: everything a model remembers of a stream, as a transformers `Cache`.
+
+Tensors are never changed in place: every write binds a new one. A copy of the cache is therefore as cheap as its
+references, and a cache handed to a training step keeps its values.
+"""
+
+import copy
+
+import torch
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+
+from . import memory as memory_math
+from .config import InfiniConfig
+
+CROP_REFUSED = (
+    "an InfiniCache cannot be cropped: a token that was written into the compressive memory cannot be taken out again. "
+    "Assisted decoding needs that; generate without an assistant, or keep a copy (copy.copy) of the cache to go back to"
+)
+
+
+def infini_config_of(config):
+    """The [`InfiniConfig`] in a model's config.
+
+    Raises:
+        ValueError: when the config belongs to a model that is not patched.
+    """
+    values = vars(config.get_text_config(decoder=True)).get("infini_attention")
+    if values is None:
+        raise ValueError(
+            f"the config of this {config.model_type!r} model holds no infini_attention: patch the model first "
+            "(infini_hf.patch_model) and pass its config"
+        )
+    return InfiniConfig.from_dict(values)
+
+
+def global_layers(config):
+    """Indices of the layers with global attention in a model's config."""
+    return [index for index, layer in enumerate(DynamicCache(config=config).layers) if not layer.is_sliding]
+
+
+class InfiniLayer(CacheLayerMixin):
+    """State of one patched layer.
+
+    Attributes:
+        keys (`torch.Tensor`):
+            `(batch, num_kv_heads, window, head_dim)`, keys before RoPE of the local window: sinks, overlap, open
+            segment. A row that holds less than the longest row of the batch is right-aligned.
+        values (`torch.Tensor`): the same shape.
+        memory (`torch.Tensor`): M, `(batch, num_kv_heads, head_dim, head_dim)`, float32.
+        memory_norm (`torch.Tensor`): z, `(batch, num_kv_heads, head_dim)`, float32.
+        seen (`tuple[int, ...]`): valid tokens read, for each row.
+        columns (`int`): columns read, padding included.
+    """
+
+    supports_early_init = False
+    TENSORS = ("keys", "values", "memory", "memory_norm")
+
+    def __init__(self, infini_config):
+        super().__init__()
+        self.infini_config = infini_config
+        self.memory = self.memory_norm = None
+        self.seen = ()
+        self.columns = 0
+
+    def lazy_initialization(self, key_states, value_states):
+        """An empty state for keys `(batch, num_kv_heads, seq_len, head_dim)`: their batch, heads, dtype and device."""
+        self.dtype, self.device = key_states.dtype, key_states.device
+        self.keys, self.values = key_states[:, :, :0], value_states[:, :, :0]
+        self.memory, self.memory_norm = memory_math.empty(key_states)
+        self.seen = self.seen or (0,) * key_states.shape[0]
+        self.is_initialized = True
+
+    def update(self, key_states, value_states, *args, **kwargs):
+        raise TypeError(
+            "an InfiniLayer is written by the patched attention layer alone, and a stock layer called its update: "
+            "the cache belongs to a patched model (infini_hf.patch_model), or names other layers than the patch"
+        )
+
+    def get_mask_sizes(self, query_length):
+        kept = 0 if self.keys is None else self.keys.shape[-2]
+        return kept + query_length, self.columns - kept
+
+    def get_seq_length(self):
+        return self.columns
+
+    def get_max_length(self):
+        return -1
+
+    def map_tensors(self, function):
+        """Bind `function(tensor)` in place of every tensor of the state."""
+        if self.is_initialized:
+            for name in self.TENSORS:
+                setattr(self, name, function(getattr(self, name)))
+
+    def offload(self):
+        self.map_tensors(lambda tensor: tensor.to("cpu", non_blocking=True))
+
+    def prefetch(self):
+        if self.is_initialized and self.keys.device != self.device:
+            self.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
+
+    def detach(self):
+        """Cut the state from the graph that computed it."""
+        self.map_tensors(torch.Tensor.detach)
+
+    def reset(self):
+        self.__init__(self.infini_config)
+
+    def _select_rows(self, index):
+        if not self.is_initialized:
+            return
+        # Only a batch whose rows stand at different places has to look at the index itself.
+        if len(set(self.seen)) == 1:
+            self.seen = self.seen[:1] * len(index)
+        else:
+            self.seen = tuple(self.seen[row] for row in index.tolist())
+        self.map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+
+    def reorder_cache(self, beam_idx):
+        self._select_rows(beam_idx)
+
+    def batch_select_indices(self, indices):
+        index = torch.as_tensor(indices)
+        self._select_rows(index.nonzero().flatten() if index.dtype == torch.bool else index)
+
+    def batch_repeat_interleave(self, repeats):
+        self._select_rows(torch.arange(len(self.seen)).repeat_interleave(repeats))
+
+    def crop(self, tokens_to_remove):
+        raise NotImplementedError(CROP_REFUSED)
+
+
+class InfiniCache(Cache):
+    """The memory state of a patched model, passed as `past_key_values`. Its size does not depend on what was read.
+
+    Args:
+        config (`PreTrainedConfig`): the config of a patched model.
+        offloading (`bool`, *optional*, defaults to `False`): keep the layers on the CPU between their turns.
+
+    Raises:
+        ValueError: when the config belongs to a model that is not patched.
+
+    Example:
+
+    ```python
+    cache = InfiniCache(model.config)
+    model(ids, past_key_values=cache)  # reads; the next call continues
+    ```
+    """
+
+    def __init__(self, config, offloading=False):
+        config = config.get_text_config(decoder=True)
+        self.infini_config = infini_config_of(config)
+        patched = self.infini_config.layers
+        patched = global_layers(config) if patched is None else patched
+        layers = DynamicCache(config=config).layers
+        for index in patched:
+            layers[index] = InfiniLayer(self.infini_config)
+        super().__init__(layers=layers, offloading=offloading)
+        # Padding of the columns that stock layers still hold, `(batch, columns)` bool; `None` while there was none.
+        self.padding = None
+        # Columns read before `generate` was entered, which must not learn of them (see `hide_past`).
+        self.hidden_columns = 0
+        # Cosines and sines of the window positions, the same at every call.
+        self.rope = None
+        # The decoder that fed this cache, for the fingerprint of a snapshot.
+        self.reader = None
+        # Whatever should travel with a snapshot: a dict that JSON can hold.
+        self.notes = {}
+
+    @property
+    def infini_layers(self):
+        """The layers that hold a memory, by index."""
+        return {index: layer for index, layer in enumerate(self.layers) if isinstance(layer, InfiniLayer)}
+
+    @property
+    def stock_layers(self):
+        """The layers that the patch left as they were, by index."""
+        return {index: layer for index, layer in enumerate(self.layers) if not isinstance(layer, InfiniLayer)}
+
+    @property
+    def seen(self):
+        """`tuple[int, ...]`: valid tokens read, for each row; empty before the first."""
+        return next(iter(self.infini_layers.values())).seen
+
+    @property
+    def columns(self):
+        """`int`: columns read, padding included."""
+        return next(iter(self.infini_layers.values())).columns
+
+    @property
+    def batch_size(self):
+        """`int`: rows, or -1 before the first token."""
+        return len(self.seen) or -1
+
+    def check_whole(self):
+        """Raise if a forward was interrupted between layers.
+
+        Raises:
+            ValueError: when the layers have not all read the same tokens.
+        """
+        counts = {(layer.seen, layer.columns) for layer in self.infini_layers.values()}
+        if len(counts) > 1:
+            raise ValueError(
+                f"the layers of this cache have read {sorted(columns for _, columns in counts)} columns: a forward was "
+                "interrupted. Reset the cache (cache.reset()), or read with infini_hf.prefill, which undoes a broken chunk"
+            )
+
+    def get_seq_length(self, layer_idx=0):
+        return super().get_seq_length(layer_idx) - self.hidden_columns
+
+    def fetch(self, layer_idx):
+        """The state of a layer, on its device; the next layer's transfer is started when the cache is offloaded."""
+        layer = self.layers[layer_idx]
+        if self.offloading and layer.is_initialized:
+            torch.cuda.default_stream(layer.device).wait_stream(self.prefetch_stream)
+            layer.prefetch()
+            self.prefetch(layer_idx + 1, self.only_non_sliding)
+        return layer
+
+    def stow(self, layer_idx):
+        """Take a layer's state off the device when the cache is offloaded."""
+        if self.offloading:
+            self.offload(layer_idx, self.only_non_sliding)
+
+    def detach(self):
+        """Cut the state from the graph that computed it: what truncated backpropagation does between steps."""
+        for layer in self.layers:
+            if isinstance(layer, InfiniLayer):
+                layer.detach()
+            elif layer.is_initialized:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+
+    def reset(self):
+        """Forget everything; the object stays."""
+        super().reset()
+        self.padding = self.reader = None
+
+    def reorder_cache(self, beam_idx):
+        super().reorder_cache(beam_idx)
+        self._select_padding(beam_idx)
+
+    def batch_select_indices(self, indices):
+        super().batch_select_indices(indices)
+        self._select_padding(indices)
+
+    def batch_repeat_interleave(self, repeats):
+        super().batch_repeat_interleave(repeats)
+        if self.padding is not None:
+            self.padding = self.padding.repeat_interleave(repeats, dim=0)
+
+    def _select_padding(self, index):
+        if self.padding is not None:
+            self.padding = self.padding[torch.as_tensor(index).to(self.padding.device)]
+
+    def crop(self, tokens_to_remove):
+        raise NotImplementedError(CROP_REFUSED)
+
+    def __copy__(self):
+        """A cache of its own that shares the tensors, which nobody changes."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        twin.layers = [copy.copy(layer) for layer in self.layers]
+        return twin
+
+    def restore(self, earlier):
+        """Go back to an earlier copy of this cache."""
+        self.__dict__.update(copy.copy(earlier).__dict__)
+
+    def state_bytes(self):
+        """`int`: bytes of all tensors of the state."""
+        total = 0
+        for layer in self.layers:
+            names = InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values")
+            if layer.is_initialized:
+                total += sum(getattr(layer, name).nbytes for name in names)
+        return total
+
+    def save_pretrained(self, directory):
+        """Write a memory snapshot; see [`infini_hf.snapshot.save_snapshot`]."""
+        from .snapshot import save_snapshot
+
+        save_snapshot(self, directory)
+
+    @classmethod
+    def from_pretrained(cls, directory, model):
+        """Read a memory snapshot for `model`; see [`infini_hf.snapshot.load_snapshot`]."""
+        from .snapshot import load_snapshot
+
+        return load_snapshot(cls(model.config), directory, model)

@@ -1,0 +1,1 @@
+"""Data for continual pretraining, fine-tuning and recall tests."""

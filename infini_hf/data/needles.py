@@ -1,0 +1,153 @@
+"""Facts hidden in filler text and asked for at the end: passkeys, named keys, named words.
+
+Everything is a pure function of a `numpy.random.Generator`, so a row is reproduced by its seed. Keys are split by a
+checksum: a key drawn for training is never drawn for a test.
+"""
+
+import zlib
+from dataclasses import dataclass
+
+import numpy as np
+
+PASSKEY_HEADER = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there."
+)
+GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
+JOINERS = (" ", "\n", "\n\n")
+
+NAMES = (
+    "Abel Ada Agnes Albert Alice Amos Anna Arthur Barbara Basil Beatrice Bertha Caleb Cecil Charlotte Clara Conrad "
+    "Cora Daniel Dora Edgar Edith Edmund Eleanor Elias Eliza Emma Ernest Esther Eugene Eva Felix Flora Frances "
+    "Francis George Gerald Grace Hannah Harold Harriet Helen Henry Herbert Hilda Horace Hugh Ida Irene Isaac Jane "
+    "Jasper Joseph Julia Kate Laura Leonard Lewis Lucy Luke Mabel Margaret Martha Martin Matilda Maud Miriam Morris "
+    "Nathan Nelly Nora Oliver Oscar Owen Patrick Paul Percy Philip Phoebe Rachel Ralph Rebecca Robert Roger Rosa "
+    "Rupert Ruth Samuel Sarah Silas Simon Sophia Stephen Susan Sybil Theodore Thomas Victor Violet Walter"
+).split()
+WORDS = (
+    "amber anchor apple arrow autumn badge barley basket beacon bell berry blanket bottle branch bread bridge bronze "
+    "butter button candle canvas carpet castle cellar chalk cherry chimney circle clover copper coral cotton cradle "
+    "crown curtain dagger daisy desert diamond dragon eagle ebony elbow ember falcon feather fiddle flannel forest "
+    "fountain garden garnet ginger glacier granite hammer harbour harvest hazel helmet honey hunter island ivory "
+    "jacket jewel kettle kitchen ladder lantern lavender leather lemon linen lizard marble meadow mirror monkey "
+    "mountain mustard needle nutmeg ocean olive orchard oyster paddle palace paper parrot pebble pepper pillow "
+    "planet pocket prairie quarry rabbit raven ribbon river saddle sailor scarlet shadow shelter silver spider "
+    "spindle statue summer tailor temple thistle thunder timber trumpet tunnel turnip valley velvet violin walnut "
+    "willow window winter yarrow"
+).split()
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One thing to remember: the sentence that states it, the prompt that asks for it, the answer that follows it."""
+
+    statement: str
+    prompt: str
+    answer: str
+
+
+def is_test_key(key):
+    """Whether a key belongs to the tenth that is kept for tests."""
+    return zlib.crc32(key.encode()) % 10 == 0
+
+
+def draw_key(rng, digits=5, split="train"):
+    """A random number of `digits` digits, as text, from the `"train"` or the `"test"` part of the keys."""
+    while True:
+        key = str(rng.integers(10 ** (digits - 1), 10**digits))
+        if is_test_key(key) == (split == "test"):
+            return key
+
+
+def passkey_fact(key):
+    """The passkey of the benchmark (landmark attention; appendix B of arXiv 2404.07143)."""
+    return Fact(
+        f"The pass key is {key}. Remember it. {key} is the pass key.",
+        "What is the pass key? The pass key is",
+        key,
+    )
+
+
+def named_key_fact(name, key):
+    """A passkey that belongs to somebody, so that one stream can hold many."""
+    return Fact(
+        f"The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.",
+        f"What is the pass key of {name}? The pass key of {name} is",
+        key,
+    )
+
+
+def named_word_fact(name, word):
+    """A word that belongs to somebody."""
+    return Fact(
+        f"The secret word of {name} is {word}.",
+        f"What is the secret word of {name}? The secret word of {name} is",
+        word,
+    )
+
+
+def grass_filler(characters, offset=0):
+    """`characters` characters of the benchmark's repeated sentence, from `offset` on (it may begin mid-sentence)."""
+    unit = GRASS + " "
+    offset %= len(unit)
+    return (unit * ((characters + offset) // len(unit) + 1))[offset : offset + characters]
+
+
+def text_slice(rng, text, characters):
+    """A random run of `characters` characters of `text`."""
+    start = int(rng.integers(0, max(1, len(text) - characters)))
+    return text[start : start + characters]
+
+
+def hide(facts, filler, depths, joiner=" "):
+    """`filler` with each fact's statement put in at its depth (0 = start, 1 = end), cut where the depth falls."""
+    pieces, last = [], 0
+    for depth, fact in sorted(zip(depths, facts, strict=True), key=lambda pair: pair[0]):
+        cut = max(last, round(depth * len(filler)))
+        pieces += [filler[last:cut].strip(), fact.statement]
+        last = cut
+    pieces.append(filler[last:].strip())
+    return joiner.join(piece for piece in pieces if piece)
+
+
+def draw_facts(rng, count, split="train"):
+    """`count` facts of one random kind; several facts carry distinct names and values."""
+    kind = "passkey" if count == 1 and rng.random() < 0.5 else str(rng.choice(["key", "word"]))
+    if kind == "passkey":
+        return [passkey_fact(draw_key(rng, int(rng.integers(5, 8)), split))]
+    names = rng.choice(NAMES, count, replace=False)
+    if kind == "key":
+        return [named_key_fact(name, draw_key(rng, int(rng.integers(5, 8)), split)) for name in names]
+    return [named_word_fact(name, word) for name, word in zip(names, rng.choice(WORDS, count, replace=False))]
+
+
+def recall_document(rng, text, characters, grass_fraction=0.3, repeat_fraction=0.1, split="train"):
+    """A document of about `characters` characters that can only be predicted by recalling its own beginning.
+
+    Args:
+        rng (`numpy.random.Generator`): the source of every draw.
+        text (`str`): where novel filler is cut from.
+        characters (`int`): the length aimed at.
+        grass_fraction (`float`, *optional*, defaults to `0.3`): share of documents in the benchmark's filler.
+        repeat_fraction (`float`, *optional*, defaults to `0.1`): share of documents that quote a passage twice.
+        split (`str`, *optional*, defaults to `"train"`): the part of the keys to draw from.
+    """
+    if rng.random() < repeat_fraction:
+        passage = text_slice(rng, text, max(40, int(characters * rng.uniform(0.2, 0.45))))
+        filler = text_slice(rng, text, max(0, characters - 2 * len(passage)))
+        return "\n\n".join(part for part in (passage, filler, passage) if part)
+    most = max(1, min(6, characters // 250))
+    facts = draw_facts(rng, int(rng.integers(1, most + 1)), split)
+    asked = [facts[i] for i in rng.permutation(len(facts))[: int(rng.integers(1, len(facts) + 1))]]
+    fixed = sum(len(fact.statement) + 2 for fact in facts) + sum(len(f.prompt) + len(f.answer) + 3 for f in asked)
+    room = max(0, characters - fixed)
+    filler = (
+        grass_filler(room, int(rng.integers(0, len(GRASS))))
+        if rng.random() < grass_fraction
+        else text_slice(rng, text, room)
+    )
+    joiner = str(rng.choice(JOINERS))
+    body = hide(facts, filler, np.sort(rng.random(len(facts))), joiner)
+    header = [PASSKEY_HEADER] if rng.random() < 0.3 and room > 2 * len(PASSKEY_HEADER) else []
+    questions = [f"{fact.prompt} {fact.answer}." for fact in asked]
+    return joiner.join([*header, body, *questions])

@@ -1,0 +1,47 @@
+"""The memory gate: how much of a head's output comes from the compressive memory."""
+
+import torch
+from torch import nn
+
+ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
+
+
+class MemoryGate(nn.Module):
+    """`A = A_loc + g (A_mem - A_loc)` with `g = gate(b)`, one logit `b` for each query head (Eq. 6, rewritten).
+
+    The parameter is named `bias`, so that the rules of trainers leave it out of the weight decay; it starts at zero
+    and is float32.
+
+    Args:
+        num_heads (`int`): query heads.
+        kind (`str`): `"tanh"` or `"sigmoid"`.
+        device (`torch.device`, *optional*): where the parameter goes.
+    """
+
+    def __init__(self, num_heads, kind, device=None):
+        super().__init__()
+        self.kind = kind
+        self.bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32, device=device))
+
+    def forward(self, local, retrieved=None, reads=None):
+        """Mix the two attentions.
+
+        Args:
+            local (`torch.Tensor`): `(batch, num_heads, seq_len, head_dim)`, any floating dtype.
+            retrieved (`torch.Tensor`, *optional*): the same shape, float32; without it `local` comes back, tied to the
+                gate by a zero gradient, so that a data-parallel step on short rows still reaches every parameter.
+            reads (`torch.Tensor`, *optional*): `(batch,)`, 0 for a row whose memory is still empty.
+
+        Returns:
+            `torch.Tensor`: the shape and dtype of `local`; exactly `local` where a row's memory is empty.
+        """
+        gate = ACTIVATIONS[self.kind](self.bias.to(local.device).float()).view(1, -1, 1, 1)
+        if retrieved is None:
+            return local + (0.0 * gate).to(local.dtype)
+        if reads is not None:
+            gate = gate * reads.view(-1, 1, 1, 1)
+        mixed = torch.lerp(local.float(), retrieved, gate)
+        return mixed.to(local.dtype)
+
+    def extra_repr(self):
+        return f"num_heads={self.bias.numel()}, kind={self.kind!r}"

@@ -1,0 +1,150 @@
+"""The compressive memory as pure functions on tensors: no module, no cache, no transformers.
+
+Equation numbers are those of "Leave No Context Behind" (arXiv 2404.07143). Shapes use one vocabulary:
+
+    queries               (batch, num_heads, seq_len, head_dim)        any floating dtype, before RoPE
+    keys, values          (batch, num_kv_heads, seq_len, head_dim)     any floating dtype, keys before RoPE
+    memory       M        (batch, num_kv_heads, head_dim, head_dim)    float32
+    memory_norm  z        (batch, num_kv_heads, head_dim)              float32
+
+Query head `h` reads the memory of KV head `h // (num_heads // num_kv_heads)`, as in grouped-query attention.
+"""
+
+import torch
+from torch.nn import functional as F
+
+# Below this a denominator stands for "nothing was written here": the quotient then goes to 0 instead of NaN or inf.
+SMALLEST_NORM = 1e-20
+# exp(8) = 2981: sums over a hundred million keys stay far from the end of float32.
+LARGEST_EXPONENT = 8.0
+
+
+def map_keys(keys, feature_map="elu"):
+    """σ(K) in float32: `"elu"` is ELU(x) + 1, `"exp"` is exp(min(x, 8)).
+
+    Args:
+        keys (`torch.Tensor`): `(..., head_dim)`, any floating dtype.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+
+    Returns:
+        `torch.Tensor`: the same shape, float32, non-negative.
+    """
+    keys = keys.float()
+    if feature_map == "elu":
+        return F.elu(keys) + 1.0
+    if feature_map == "exp":
+        return keys.clamp(max=LARGEST_EXPONENT).exp()
+    raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")
+
+
+def map_queries(queries, feature_map="elu"):
+    """σ(Q) in float32; for `"exp"` it is exp(x - max x), whose scale cancels between numerator and denominator."""
+    if feature_map == "exp":
+        queries = queries.float()
+        return (queries - queries.amax(-1, keepdim=True)).exp()
+    return map_keys(queries, feature_map)
+
+
+def divide(numerator, denominator):
+    """`numerator / denominator` with the denominator kept away from zero; both float32, the denominator one dim less."""
+    return numerator / denominator.clamp_min(SMALLEST_NORM).unsqueeze(-1)
+
+
+def no_autocast(tensor):
+    """A context in which matrix products of float32 tensors stay in float32."""
+    return torch.autocast(tensor.device.type, enabled=False)
+
+
+def empty(keys):
+    """A memory with nothing in it, `M = 0` and `z = 0` (below Eq. 4), for keys `(batch, num_kv_heads, ..., head_dim)`."""
+    batch, heads, dim = keys.shape[0], keys.shape[1], keys.shape[-1]
+    options = {"dtype": torch.float32, "device": keys.device}
+    return torch.zeros(batch, heads, dim, dim, **options), torch.zeros(batch, heads, dim, **options)
+
+
+def retrieve(queries, memory, memory_norm, feature_map="elu"):
+    """Read the memory: `A_mem = σ(Q) M / (σ(Q) z)` (Eq. 3).
+
+    Args:
+        queries (`torch.Tensor`): `(batch, num_heads, seq_len, head_dim)`, before RoPE.
+        memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32.
+        memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+
+    Returns:
+        `torch.Tensor`: `(batch, num_heads, seq_len, head_dim)`, float32; zeros where nothing was ever written.
+    """
+    batch, heads, length, dim = queries.shape
+    with no_autocast(queries):
+        # The heads of a group lie side by side, so that one product per KV head serves them all.
+        mapped = map_queries(queries, feature_map).reshape(batch, memory.shape[1], -1, dim)
+        numerator = mapped @ memory
+        denominator = (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1)
+        return divide(numerator, denominator).reshape(batch, heads, length, dim)
+
+
+def contribution(keys, values, memory=None, memory_norm=None, rule="linear", feature_map="elu"):
+    """What one segment adds to the memory, as a pair shaped like `(memory, memory_norm)`.
+
+    `"linear"` (Eq. 4): `σ(K)ᵀ V` and `Σ σ(K_t)`; it needs no state.
+    `"delta"` (Eq. 5): `σ(K)ᵀ (V - σ(K) M / (σ(K) z))` and `Σ σ(K_t)`.
+    """
+    with no_autocast(keys):
+        mapped = map_keys(keys, feature_map)
+        values = values.float()
+        if rule == "delta":
+            known = divide(mapped @ memory, (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1))
+            values = values - known
+        elif rule != "linear":
+            raise ValueError(f"memory_update={rule!r}: must be one of 'linear', 'delta'")
+        return mapped.transpose(-1, -2) @ values, mapped.sum(-2)
+
+
+def update(keys, values, memory, memory_norm, rule="linear", feature_map="elu", scale=None):
+    """Write a segment into the memory (Eq. 4 and 5). The state passed in is not changed.
+
+    Args:
+        keys (`torch.Tensor`): `(batch, num_kv_heads, seq_len, head_dim)`, before RoPE.
+        values (`torch.Tensor`): the same shape.
+        memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32.
+        memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
+        rule (`str`, *optional*, defaults to `"linear"`): `"linear"` or `"delta"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        scale (`torch.Tensor`, *optional*):
+            `(batch,)`, how many times each row's segment is written; 0 leaves a row's memory as it is. For the linear
+            rule any other number is exactly that many repeated writes.
+
+    Returns:
+        `tuple[torch.Tensor, torch.Tensor]`: the new memory and its norm, float32.
+    """
+    with no_autocast(keys):
+        added, added_norm = contribution(keys, values, memory, memory_norm, rule, feature_map)
+        if scale is not None:
+            scale = scale.to(device=memory.device, dtype=torch.float32)
+            added, added_norm = added * scale.view(-1, 1, 1, 1), added_norm * scale.view(-1, 1, 1)
+        return memory + added, memory_norm + added_norm
+
+
+def scan(keys, values, memory, memory_norm, rule="linear", feature_map="elu"):
+    """The state before each of several segments, and after the last: an exclusive scan of [`update`].
+
+    Args:
+        keys (`torch.Tensor`): `(batch, num_kv_heads, num_segments, seq_len, head_dim)`, before RoPE.
+        values (`torch.Tensor`): the same shape.
+        memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32, the state before the first.
+        memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
+        rule (`str`, *optional*, defaults to `"linear"`): `"linear"` (one cumulative sum) or `"delta"` (a loop).
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+
+    Returns:
+        `tuple`: memories `(batch, num_kv_heads, num_segments + 1, head_dim, head_dim)` and norms
+        `(batch, num_kv_heads, num_segments + 1, head_dim)`, float32; entry `s` is what segment `s` reads.
+    """
+    if rule == "linear":
+        added, added_norm = contribution(keys, values, rule=rule, feature_map=feature_map)
+        memories = torch.cat([memory.unsqueeze(2), added], dim=2).cumsum(2)
+        return memories, torch.cat([memory_norm.unsqueeze(2), added_norm], dim=2).cumsum(2)
+    states = [(memory, memory_norm)]
+    for segment in range(keys.shape[2]):
+        states.append(update(keys[:, :, segment], values[:, :, segment], *states[-1], rule, feature_map))
+    return tuple(torch.stack(parts, dim=2) for parts in zip(*states, strict=True))

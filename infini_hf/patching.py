@@ -1,0 +1,211 @@
+"""Patch a model that you hold, and take the patch off again. Nothing outside the instance changes."""
+
+import contextlib
+import logging
+from types import MethodType
+
+import torch
+from transformers import PreTrainedModel
+
+from .attention import InfiniAttention
+from .cache import InfiniCache, global_layers
+from .config import InfiniConfig
+from .families import family_of
+from .gate import MemoryGate
+from .hooks import decoder_pre_hook
+
+logger = logging.getLogger(__name__)
+
+
+def patched_decoder(model):
+    """The patched causal model inside `model` (itself, or what PEFT, DDP or a compiler wrapped), or `None`."""
+    if not isinstance(model, torch.nn.Module):
+        return None
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and isinstance(vars(module.config).get("infini_attention"), dict):
+            if any(isinstance(part, InfiniAttention) for part in module.modules()):
+                return module
+    return None
+
+
+def is_patched(model):
+    """Whether a model, wrapped or not, runs Infini-attention."""
+    return patched_decoder(model) is not None
+
+
+def patch_model(model, config=None):
+    """Swap the global self-attention of a model for Infini-attention, with gates at zero.
+
+    Args:
+        model (`PreTrainedModel`): a model of a supported family; it is changed in place.
+        config ([`InfiniConfig`], *optional*): the options; the defaults otherwise.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        TypeError: when `model` is not a transformers model or `config` not an [`InfiniConfig`].
+        ValueError: when the model is patched already, or `layers` names one that it does not have or that slides.
+        NotImplementedError: when the family is not supported; the message lists those that are.
+    """
+    config = InfiniConfig() if config is None else config
+    if not isinstance(config, InfiniConfig):
+        raise TypeError(f"config is a {type(config).__name__}: pass an InfiniConfig, as in InfiniConfig(segment_length=2048)")
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model is a {type(model).__name__}: patch the transformers model itself, before PEFT or a wrapper")
+    if is_patched(model):
+        raise ValueError(f"this {type(model).__name__} is patched already: call unpatch_model(model) first")
+    family = family_of(model.config)
+    layers = choose_layers(model, config)
+    decoder = model.get_decoder()
+    for index in layers:
+        patch_layer(decoder.layers[index].self_attn, family.attention, config)
+    model.config.infini_attention = config.to_dict()
+    decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
+    model._prepare_cache_for_generation = MethodType(prepare_cache_for_generation, model)
+    warn_of_window(model, config)
+    logger.info(
+        "patched %d of %d layers of %s: segments of %d tokens, %s update, %s features, %s gate, overlap %d, sinks %d",
+        len(layers),
+        model.config.num_hidden_layers,
+        type(model).__name__,
+        config.segment_length,
+        config.memory_update,
+        config.feature_map,
+        config.gate,
+        config.overlap,
+        config.sink_tokens,
+    )
+    return model
+
+
+def unpatch_model(model):
+    """Undo [`patch_model`]: classes, parameters, config and hooks are what they were. The gates are dropped.
+
+    Raises:
+        ValueError: when the model is not patched.
+    """
+    inner = patched_decoder(model)
+    if inner is None:
+        raise ValueError(f"this {type(model).__name__} is not patched: there is nothing to undo")
+    decoder = inner.get_decoder()
+    for layer in decoder.layers:
+        if isinstance(layer.self_attn, InfiniAttention):
+            unpatch_layer(layer.self_attn)
+    for key in [key for key, hook in decoder._forward_pre_hooks.items() if hook is decoder_pre_hook]:
+        del decoder._forward_pre_hooks[key]
+        del decoder._forward_pre_hooks_with_kwargs[key]
+    del inner.config.infini_attention
+    del inner._prepare_cache_for_generation
+    return model
+
+
+@contextlib.contextmanager
+def patched(model, config=None):
+    """A context in which `model` is patched; it leaves the model as it was, whatever happens inside.
+
+    Example:
+
+    ```python
+    with patched(model, InfiniConfig(segment_length=2048)):
+        model.generate(ids)
+    ```
+    """
+    patch_model(model, config)
+    try:
+        yield model
+    finally:
+        unpatch_model(model)
+
+
+def choose_layers(model, config):
+    """The indices to patch.
+
+    Raises:
+        ValueError: when `layers` names a layer that is not there or that has a sliding window, or none is left.
+    """
+    candidates = global_layers(model.config)
+    count = model.config.num_hidden_layers
+    if not candidates:
+        raise ValueError(
+            f"all {count} layers of this {model.config.model_type!r} model have a sliding window "
+            f"({model.config.sliding_window} tokens), and only layers with global attention can be patched: set "
+            "config.sliding_window=None before loading to make them global"
+        )
+    for index in config.layers or ():
+        if index >= count:
+            raise ValueError(f"layers={config.layers}: the model has {count} layers, so {index} is not one; count from 0")
+        if index not in candidates:
+            raise ValueError(
+                f"layers={config.layers}: layer {index} has a sliding window; the layers with global attention are {candidates}"
+            )
+    return candidates if config.layers is None else config.layers
+
+
+def patch_layer(attention, infini_class, config):
+    """Give one attention module its new class and its gate."""
+    if type(attention) is not infini_class.stock_class:
+        raise NotImplementedError(
+            f"layer {attention.layer_idx} runs {type(attention).__name__}, not {infini_class.stock_class.__name__}: "
+            "another patch or wrapper is in the way; patch before it"
+        )
+    if not attention.is_causal:
+        raise NotImplementedError("use_bidirectional_attention: Infini-attention is causal; load the model without it")
+    weight = attention.q_proj.weight
+    offloaded = weight.device.type == "meta" and "_hf_hook" in vars(attention.q_proj)
+    heads = attention.config.num_attention_heads
+    attention.__class__ = infini_class
+    attention.memory_gate = MemoryGate(heads, config.gate, "cpu" if offloaded else weight.device)
+    rebind_hooked_forward(attention)
+
+
+def unpatch_layer(attention):
+    """Give one attention module its own class back."""
+    del attention.memory_gate
+    attention.__class__ = type(attention).stock_class
+    rebind_hooked_forward(attention)
+
+
+def rebind_hooked_forward(attention):
+    """Accelerate keeps the bound forward it found; without this its hooks would go on calling the old class."""
+    if "_old_forward" in vars(attention):
+        attention._old_forward = MethodType(type(attention).forward, attention)
+
+
+def warn_of_window(model, config):
+    """Positions beyond those the base model was trained on are rarely good ones."""
+    trained = model.config.max_position_embeddings
+    if config.longest_window > trained:
+        logger.warning(
+            "the local window of %d tokens (segment_length + overlap + sink_tokens) is longer than the %d positions that "
+            "%s was trained on: choose a shorter segment, or expect worse text near its end",
+            config.longest_window,
+            trained,
+            type(model).__name__,
+        )
+
+
+def prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+    """What `generate` calls for its cache: an [`InfiniCache`] in place of a stock one.
+
+    Raises:
+        ValueError: for a stock cache, or a `cache_implementation` that would make one.
+        NotImplementedError: for assisted decoding, which takes tokens back.
+    """
+    cache = model_kwargs.get("past_key_values")
+    if cache is not None and not isinstance(cache, InfiniCache):
+        raise ValueError(
+            f"past_key_values is a {type(cache).__name__}, and a patched model needs an InfiniCache: pass "
+            "infini_hf.InfiniCache(model.config), or unpatch the model"
+        )
+    kind = generation_config.cache_implementation
+    if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+        raise ValueError(
+            f"cache_implementation={kind!r}: a patched model keeps its state in an InfiniCache; leave it out, or use "
+            "'offloaded'"
+        )
+    if cache is None and generation_config.use_cache is not False:
+        model_kwargs["past_key_values"] = InfiniCache(self.config, offloading=kind == "offloaded")
+        generation_config.cache_implementation = None
+    # The stock method checks the rest of what the user passed and finds the cache made.
+    return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)

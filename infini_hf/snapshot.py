@@ -1,0 +1,210 @@
+"""Memory snapshots: the state of a cache in one safetensors file, bound to the model that read the text."""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import torch
+from accelerate.utils import align_module_device
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from .cache import InfiniLayer
+from .version import __version__
+
+FILE_NAME = "memory.safetensors"
+FORMAT = "infini_hf memory snapshot 1"
+# What a config says of its file, its run and its outputs, and nothing of what the model computes.
+IRRELEVANT = (
+    "_name_or_path architectures chunk_size_feed_forward dtype id2label infini_attention label2id "
+    "output_attentions output_hidden_states problem_type return_dict transformers_version use_cache"
+).split()
+ITEMS_AT_ONCE = 2**22
+
+
+def save_snapshot(cache, directory):
+    """Write the state of `cache` into `directory`, so that reading can go on tomorrow.
+
+    The file is written beside the old one and put in its place in one step: a kill in the middle leaves the old one.
+
+    Args:
+        cache ([`InfiniCache`]): a cache that has read something.
+        directory (`str` or `Path`): made if it is not there.
+
+    Raises:
+        ValueError: when the cache is empty or was interrupted in the middle of a forward, or its model is gone.
+    """
+    cache.check_whole()
+    if not cache.seen:
+        raise ValueError("the cache is empty: read something with it before it is saved")
+    decoder = cache.reader() if cache.reader is not None else None
+    if decoder is None:
+        raise ValueError("the model that filled this cache is gone: save the snapshot while the model is alive")
+    tensors = collect_tensors(cache)
+    metadata = {
+        "format": FORMAT,
+        "version": __version__,
+        "fingerprint": json.dumps(fingerprint(decoder)),
+        "seen": json.dumps(cache.seen),
+        "columns": json.dumps(cache.columns),
+        "lengths": json.dumps({index: layer.get_seq_length() for index, layer in cache.stock_layers.items()}),
+        "notes": json.dumps(cache.notes),
+        "checksum": checksum(tensors),
+    }
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    partial = directory / f".{FILE_NAME}.{os.getpid()}"
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, directory / FILE_NAME)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_snapshot(cache, directory, model):
+    """Fill a fresh cache from a snapshot.
+
+    Args:
+        cache ([`InfiniCache`]): an empty cache of `model`.
+        directory (`str` or `Path`): where [`save_snapshot`] wrote.
+        model (`PreTrainedModel`): the patched model that will go on.
+
+    Returns:
+        [`InfiniCache`]: the same cache.
+
+    Raises:
+        ValueError: when the snapshot is not there, is damaged, holds NaN, or belongs to another model or other weights.
+    """
+    path = Path(directory) / FILE_NAME
+    tensors, metadata = read_file(path)
+    decoder = model.get_decoder()
+    check_fingerprint(path, json.loads(metadata["fingerprint"]), fingerprint(decoder))
+    if checksum(tensors) != metadata["checksum"]:
+        raise ValueError(f"{path}: the contents do not match their checksum, so the file is damaged: read the text again")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity: the memory is spoilt, read the text again")
+    fill(cache, tensors, metadata, decoder)
+    return cache
+
+
+def collect_tensors(cache):
+    tensors = {}
+    for index, layer in enumerate(cache.layers):
+        for name in InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values"):
+            tensors[f"layers.{index}.{name}"] = getattr(layer, name).detach().cpu().contiguous()
+    if cache.padding is not None:
+        tensors["padding"] = cache.padding.cpu().contiguous()
+    return tensors
+
+
+def read_file(path):
+    """Tensors and metadata of a snapshot file."""
+    if not path.is_file():
+        raise ValueError(f"{path}: no memory snapshot is there; write one with cache.save_pretrained(directory)")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: cannot be read, so it is damaged or truncated ({error}): read the text again") from error
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path}: is no memory snapshot of this format ({metadata.get('format')!r}, not {FORMAT!r})")
+    return tensors, metadata
+
+
+def fill(cache, tensors, metadata, decoder):
+    """Put the tensors where a forward would have left them, each on the device of its layer."""
+    seen, columns = tuple(json.loads(metadata["seen"])), json.loads(metadata["columns"])
+    lengths = {int(index): length for index, length in json.loads(metadata["lengths"]).items()}
+    for index, layer in enumerate(cache.layers):
+        device = layer_device(decoder.layers[index])
+        state = {name: tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values")}
+        layer.lazy_initialization(state["keys"], state["values"])
+        layer.keys, layer.values = state["keys"], state["values"]
+        if isinstance(layer, InfiniLayer):
+            layer.memory = tensors[f"layers.{index}.memory"].to(device)
+            layer.memory_norm = tensors[f"layers.{index}.memory_norm"].to(device)
+            layer.seen, layer.columns = seen, columns
+        elif layer.is_sliding:
+            layer.cumulative_length = lengths[index]
+    cache.padding = tensors["padding"].to(decoder.device) if "padding" in tensors else None
+    cache.notes = json.loads(metadata["notes"])
+
+
+def layer_device(layer):
+    """Where a decoder layer computes, also when accelerate keeps its weights elsewhere."""
+    weight = layer.self_attn.q_proj.weight
+    if weight.device.type != "meta":
+        return weight.device
+    with align_module_device(layer.self_attn.q_proj):
+        return layer.self_attn.q_proj.weight.device
+
+
+def fingerprint(decoder):
+    """What must be the same for a memory to make sense: `{"model", "patch", "weights"}`, each a short text."""
+    config = decoder.config.to_dict()
+    patch = {key: value for key, value in config.get("infini_attention", {}).items() if key != "version"}
+    shape = {key: value for key, value in config.items() if key not in IRRELEVANT and not key.endswith("token_id")}
+    return {
+        "model": f"{config['model_type']} {digest_text(shape)}",
+        "patch": json.dumps(patch, sort_keys=True),
+        "weights": digest_weights(decoder),
+    }
+
+
+def check_fingerprint(path, theirs, ours):
+    """Raise a sentence on the first difference."""
+    if theirs["model"] != ours["model"]:
+        raise ValueError(f"{path}: was written by another model ({theirs['model']}, this is {ours['model']})")
+    if theirs["patch"] != ours["patch"]:
+        raise ValueError(f"{path}: was written under another patch ({theirs['patch']}, this is {ours['patch']})")
+    if theirs["weights"] != ours["weights"]:
+        raise ValueError(
+            f"{path}: was written by other weights, gates or adapters of this model, or in another dtype: load the ones "
+            "that read the text (a LoRA switched off is another model), or read it again"
+        )
+
+
+def digest_text(values):
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def digest_weights(decoder):
+    """A digest of every parameter and buffer and of which adapters act, computed where the weights are."""
+    lines = []
+    for name, module in decoder.named_modules():
+        with align_module_device(module):
+            for part, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+                lines.append((name, part, str(tensor.dtype), list(tensor.shape), digest_tensor(tensor.detach())))
+        state = vars(module)
+        if "merged_adapters" in state:
+            # An adapter of PEFT: the same weights are another model when it is switched off.
+            adapters = [state.get("_disable_adapters"), state.get("_active_adapter"), state["merged_adapters"]]
+            lines.append((name, *map(str, adapters)))
+    return digest_text(lines)
+
+
+def digest_tensor(tensor):
+    """A position-dependent sum of a tensor's bits, in wrapping 64-bit integers."""
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    data = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
+    total = 0
+    for start in range(0, data.numel(), ITEMS_AT_ONCE):
+        part = data[start : start + ITEMS_AT_ONCE]
+        odd = torch.arange(start, start + part.numel(), device=part.device) * 2 + 1
+        # The shift mixes high bits down, so that a sign that flips twice cannot cancel.
+        total += int(((part ^ (part >> 29)) * odd).sum())
+    return total % 2**64
+
+
+def checksum(tensors):
+    """SHA-256 of all tensors in name order."""
+    total = hashlib.sha256()
+    for name in sorted(tensors):
+        total.update(name.encode())
+        total.update(tensors[name].flatten().view(torch.uint8).numpy())
+    return total.hexdigest()

@@ -1,0 +1,286 @@
+"""Reading without end: `prefill`, `generate` and `score` push a stream through a patched model chunk by chunk."""
+
+import copy
+import itertools
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from .cache import InfiniCache
+from .patching import patched_decoder
+
+# Seconds before a progress bar shows: short calls stay quiet.
+PATIENCE = 2.0
+
+
+def require_patched(model):
+    """The patched causal model inside `model`.
+
+    Raises:
+        TypeError: when it is no module.
+        ValueError: when it is not patched.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model is a {type(model).__name__}: pass a patched model")
+    inner = patched_decoder(model)
+    if inner is None:
+        raise ValueError(f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first")
+    return inner
+
+
+def as_batch(ids, vocabulary):
+    """One piece of input as a `(batch, seq_len)` int64 tensor.
+
+    Raises:
+        TypeError: when it holds no token ids.
+        ValueError: when an id is outside the vocabulary, or rows differ in length.
+    """
+    if not isinstance(ids, torch.Tensor):
+        try:
+            ids = torch.tensor(ids)
+        except (TypeError, ValueError) as error:
+            raise TypeError(f"ids of type {type(ids).__name__}: pass token ids, as a tensor or a list ({error})") from error
+        ids = ids.long() if ids.numel() == 0 else ids
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids of dtype {ids.dtype}: token ids are whole numbers")
+    if ids.ndim == 1:
+        ids = ids[None]
+    if ids.ndim != 2:
+        raise ValueError(f"ids of shape {tuple(ids.shape)}: must be (batch, seq_len)")
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocabulary):
+        raise ValueError(
+            f"ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has ids 0 to {vocabulary - 1}; "
+            "was the text tokenised with another tokenizer?"
+        )
+    return ids.long()
+
+
+def check_mask(attention_mask, ids):
+    """A padding mask that fits `ids`, or `None`."""
+    if attention_mask is None:
+        return None
+    mask = torch.as_tensor(attention_mask)
+    mask = mask[None] if mask.ndim == 1 else mask
+    if mask.shape != ids.shape:
+        raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: must be that of ids, {tuple(ids.shape)}")
+    return mask
+
+
+def check_size(name, value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
+
+
+def stream_chunks(ids, attention_mask, chunk_size, vocabulary):
+    """Pairs of ids and mask, `(batch, at most chunk_size)`, and the number of columns if it is known."""
+    whole = isinstance(ids, torch.Tensor) or (
+        isinstance(ids, (list, tuple)) and not any(isinstance(piece, torch.Tensor) for piece in ids)
+    )
+    if whole:
+        ids = as_batch(ids, vocabulary)
+        mask = check_mask(attention_mask, ids)
+        masks = itertools.repeat(None) if mask is None else mask.split(chunk_size, dim=1)
+        return zip(ids.split(chunk_size, dim=1), masks), ids.shape[1]
+    if attention_mask is not None:
+        raise ValueError("attention_mask with an iterator of ids: padding is read from one tensor; pass ids as a tensor")
+    return gather_pieces(ids, chunk_size, vocabulary), None
+
+
+def gather_pieces(pieces, chunk_size, vocabulary):
+    """Join an iterator of pieces of any size into chunks of `chunk_size` columns."""
+    held, count = [], 0
+    for piece in pieces:
+        piece = as_batch(piece, vocabulary)
+        held.append(piece)
+        count += piece.shape[1]
+        while count >= chunk_size:
+            joined = torch.cat(held, dim=1)
+            yield joined[:, :chunk_size], None
+            held, count = [joined[:, chunk_size:]], count - chunk_size
+    if count:
+        yield torch.cat(held, dim=1), None
+
+
+def read_chunks(inner, run, chunks, total, cache, progress, description):
+    """Run a function over chunks; a chunk that is interrupted leaves no trace in the cache."""
+    device = inner.get_input_embeddings().weight.device
+    device = inner.device if device.type == "meta" else device
+    with tqdm(total=total, unit="tok", unit_scale=True, desc=description, disable=not progress, delay=PATIENCE) as bar:
+        for ids, mask in chunks:
+            if not ids.shape[1]:
+                continue
+            before = copy.copy(cache)
+            try:
+                with torch.no_grad():
+                    yield run(ids.to(device), None if mask is None else mask.to(device))
+            except BaseException:
+                cache.restore(before)
+                raise
+            bar.update(ids.shape[1])
+
+
+def prefill(model, ids, attention_mask=None, cache=None, chunk_size=8192, progress=True):
+    """Read a stream of any length into a cache, with constant memory.
+
+    Ctrl-C leaves the cache as it was after the last whole chunk: pass your own cache to keep it.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        ids (`torch.Tensor`, `list`, or iterator): token ids `(batch, seq_len)`, or an iterator of such pieces.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding, which is neither written nor read.
+        cache ([`InfiniCache`], *optional*): the cache to continue; a new one by default.
+        chunk_size (`int`, *optional*, defaults to `8192`): columns in one forward; it changes speed and peak memory only.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar when it takes more than two seconds.
+
+    Returns:
+        [`InfiniCache`]: the cache that was read into.
+
+    Raises:
+        TypeError: when `ids` are not token ids, or `model` or `cache` is of another kind.
+        ValueError: when the model is not patched, an id is not in the vocabulary, or shapes do not fit.
+    """
+    inner = require_patched(model)
+    check_size("chunk_size", chunk_size)
+    cache = open_cache(inner, cache)
+    decoder = inner.get_decoder()
+    chunks, total = stream_chunks(ids, attention_mask, chunk_size, inner.config.vocab_size)
+
+    def run(ids, mask):
+        decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
+
+    for _ in read_chunks(inner, run, chunks, total, cache, progress, "reading"):
+        pass
+    return cache
+
+
+def score(model, ids, attention_mask=None, cache=None, chunk_size=2048, progress=True):
+    """Negative log-likelihood of every token after the first, in nats, with constant memory.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        ids (`torch.Tensor` or `list`): token ids `(batch, seq_len)`.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
+        cache ([`InfiniCache`], *optional*): what was read before; it goes on to hold `ids` too.
+        chunk_size (`int`, *optional*, defaults to `2048`): columns whose logits are held at once.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar when it takes more than two seconds.
+
+    Returns:
+        `torch.Tensor`: `(batch, seq_len - 1)`, float32, on the device of `ids`; 0 where the token, or the one that
+        predicts it, is padding.
+    """
+    inner = require_patched(model)
+    check_size("chunk_size", chunk_size)
+    cache = open_cache(inner, cache)
+    ids = as_batch(ids, inner.config.vocab_size)
+    mask = check_mask(attention_mask, ids)
+    chunks, total = stream_chunks(ids, mask, chunk_size, inner.config.vocab_size)
+
+    def run(ids, mask):
+        return inner(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True).logits
+
+    losses, start = [], 0
+    for logits in read_chunks(inner, run, chunks, total, cache, progress, "scoring"):
+        targets = ids[:, start + 1 : start + 1 + logits.shape[1]].to(logits.device)
+        logits = logits[:, : targets.shape[1]].float()
+        losses.append(F.cross_entropy(logits.transpose(1, 2), targets, reduction="none").to(ids.device))
+        start += logits.shape[1]
+    losses = torch.cat(losses, dim=1) if losses else torch.zeros(ids.shape[0], 0)
+    if mask is not None:
+        losses = losses.masked_fill(~(mask[:, 1:].bool() & mask[:, :-1].bool()).to(losses.device), 0.0)
+    return losses
+
+
+def open_cache(inner, cache):
+    if cache is None:
+        return InfiniCache(inner.config)
+    if not isinstance(cache, InfiniCache):
+        raise TypeError(f"cache is a {type(cache).__name__}: pass an InfiniCache, as from infini_hf.prefill")
+    return cache
+
+
+def generate(model, ids, cache=None, attention_mask=None, **kwargs):
+    """Continue a stream: `model.generate` on the new ids alone, after everything that the cache holds.
+
+    Afterwards the cache holds every token returned, the last one too, and no padding of a row that finished early, so
+    that the next turn of a conversation continues from it. The cost of a token does not depend on what was read before.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        ids (`torch.Tensor` or `list`): the new token ids, `(batch, seq_len)`, at least one.
+        cache ([`InfiniCache`], *optional*): what was read before; a new one by default.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at (left) padding of the new ids.
+        kwargs: everything else that `model.generate` takes.
+
+    Returns:
+        What `model.generate` returns: the ids passed, then the new ones.
+
+    Raises:
+        ValueError: without tokens, with a model that is not patched, or with `past_key_values` beside `cache`.
+        NotImplementedError: for assisted decoding.
+    """
+    inner = require_patched(model)
+    cache = open_cache(inner, cache)
+    ids = as_batch(ids, inner.config.vocab_size)
+    if not ids.shape[1]:
+        raise ValueError("ids hold no token: generation needs at least one to continue from, the cache alone has none to give")
+    if kwargs.get("past_key_values") is not None:
+        raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
+    refuse_rollback(kwargs)
+    device = inner.device
+    ids = ids.to(device)
+    mask = check_mask(attention_mask, ids)
+    mask = torch.ones_like(ids) if mask is None else mask.to(device)
+    # Generation runs on a copy: beams and padding of finished rows never reach the caller's cache.
+    twin = copy.copy(cache)
+    twin.hidden_columns = cache.columns
+    options = GenerationOptions(inner, kwargs)
+    if cache.seen and options.rows_per_input > 1:
+        twin.batch_repeat_interleave(options.rows_per_input)
+    output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
+    sequences = output if isinstance(output, torch.Tensor) else output.sequences
+    returned = sequences.shape[0] // ids.shape[0]
+    if cache.seen and returned > 1:
+        cache.batch_repeat_interleave(returned)
+    kept = torch.cat([mask.repeat_interleave(returned, 0), options.real_tokens(sequences[:, ids.shape[1] :])], dim=1)
+    prefill(model, sequences, attention_mask=kept, cache=cache, progress=False)
+    if not isinstance(output, torch.Tensor):
+        output.past_key_values = cache
+    return output
+
+
+def refuse_rollback(kwargs):
+    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
+        if kwargs.get(name) is not None:
+            raise NotImplementedError(
+                f"{name}: assisted decoding takes tokens back, and what is written into the memory cannot be taken out; "
+                "generate without an assistant"
+            )
+
+
+class GenerationOptions:
+    """The few settings of a `generate` call that decide what the cache has to hold."""
+
+    def __init__(self, inner, kwargs):
+        defaults = [kwargs.get("generation_config"), inner.generation_config]
+        self.lookup = [kwargs, *(config.to_dict() for config in defaults if config is not None)]
+        eos = self._get("eos_token_id")
+        self.eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+        pad = self._get("pad_token_id")
+        self.pad = pad if pad is not None else self.eos[0] if self.eos else None
+        self.rows_per_input = max(self._get("num_beams") or 1, self._get("num_return_sequences") or 1)
+
+    def _get(self, name):
+        return next((values[name] for values in self.lookup if values.get(name) is not None), None)
+
+    def real_tokens(self, generated):
+        """`(batch, new)` int64: 1 at tokens that a row generated, 0 at the padding after it finished."""
+        if self.pad is None:
+            return torch.ones_like(generated)
+        is_padding = (generated == self.pad).long()
+        run = is_padding.flip(1).cumprod(1).flip(1)
+        if self.pad in self.eos:
+            # The first of the run is the end-of-text token itself.
+            first = run - F.pad(run, (1, 0))[:, :-1]
+            run = run - first.clamp_min(0)
+        return 1 - run

@@ -1,0 +1,75 @@
+"""Pretrain the small stock Llama that the package ships, on a folder of novels, with the stock Trainer.
+
+    python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_base.yaml --train_folder NOVELS/train
+
+It resumes from the last checkpoint in `--output_dir`, and leaves the bfloat16 model and its tokenizer in
+`OUTPUT_DIR/final`. Run `scripts/evaluate_base.py` on that for the model card.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers.trainer_utils import get_last_checkpoint
+
+from infini_hf.cli.arguments import parse_arguments
+from infini_hf.data.base_rows import BaseRows, read_texts, train_tokenizer
+
+
+@dataclass
+class BaseArguments:
+    """The data and the shape of the model."""
+
+    train_folder: str = field(metadata={"help": "folder of plain-text novels"})
+    row_length: int = field(default=640, metadata={"help": "tokens in a row, the positions the model is trained on"})
+    recall_fraction: float = field(default=0.25, metadata={"help": "share of in-context recall rows"})
+    vocab_size: int = 4096
+    hidden_size: int = 256
+    intermediate_size: int = 768
+    num_hidden_layers: int = 4
+    num_attention_heads: int = 8
+    num_key_value_heads: int = 4
+    head_dim: int = 64
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
+
+
+def build_model(args, tokenizer):
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_key_value_heads,
+        head_dim=args.head_dim,
+        max_position_embeddings=args.row_length,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return LlamaForCausalLM(config)
+
+
+def main():
+    args, training_args = parse_arguments((BaseArguments, TrainingArguments), __doc__)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    set_seed(training_args.seed)
+    texts = read_texts(args.train_folder)
+    tokenizer = train_tokenizer(texts, args.vocab_size)
+    steps_rows = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps
+    rows = BaseRows(texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, training_args.seed)
+    model = build_model(args, tokenizer)
+    trainer = Trainer(model=model, args=training_args, train_dataset=rows, processing_class=tokenizer)
+    Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
+    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    model.config.use_cache = True
+    final = Path(training_args.output_dir) / "final"
+    model.to(torch.bfloat16).save_pretrained(final)
+    tokenizer.save_pretrained(final)
+
+
+if __name__ == "__main__":
+    main()
