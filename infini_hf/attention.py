@@ -77,7 +77,13 @@ class InfiniAttention:
     """
 
     def forward(
-        self, hidden_states, position_embeddings=None, attention_mask=None, past_key_values=None, infini_plan=None, **kwargs
+        self,
+        hidden_states,
+        position_embeddings=None,
+        attention_mask=None,
+        past_key_values=None,
+        infini_plan=None,
+        **kwargs,
     ):
         """Attention over the call, `(batch, seq_len, hidden_size)` to the same, and the local attention weights.
 
@@ -116,7 +122,7 @@ class InfiniAttention:
         return {}
 
     def scan_segments(self, queries, keys, values, layer, plan, kwargs):
-        """All rounds of the plan. Returns `(batch, seq_len, num_heads, head_dim)` and the weights of the last round."""
+        """All rounds of the plan: `(batch, seq_len, num_heads, head_dim)` and the weights of the last round."""
         state = self.open_state(keys, values, layer)
         outputs, weights, reads_anything = [], None, False
         for index, round in enumerate(plan.rounds):

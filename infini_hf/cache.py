@@ -13,8 +13,8 @@ from . import memory as memory_math
 from .config import InfiniConfig
 
 CROP_REFUSED = (
-    "an InfiniCache cannot be cropped: a token that was written into the compressive memory cannot be taken out again. "
-    "Assisted decoding needs that; generate without an assistant, or keep a copy (copy.copy) of the cache to go back to"
+    "an InfiniCache cannot be cropped: a token that was written into the compressive memory cannot be taken out. "
+    "Assisted decoding needs that; generate without an assistant, or go back to a copy (copy.copy) of the cache"
 )
 
 
@@ -202,8 +202,9 @@ class InfiniCache(Cache):
         counts = {(layer.seen, layer.columns) for layer in self.infini_layers.values()}
         if len(counts) > 1:
             raise ValueError(
-                f"the layers of this cache have read {sorted(columns for _, columns in counts)} columns: a forward was "
-                "interrupted. Reset the cache (cache.reset()), or read with infini_hf.prefill, which undoes a broken chunk"
+                f"the layers of this cache have read {sorted(columns for _, columns in counts)} columns: a forward "
+                "was interrupted. Reset the cache (cache.reset()), or read with infini_hf.prefill, which undoes a "
+                "broken chunk"
             )
 
     def get_seq_length(self, layer_idx=0):

@@ -104,7 +104,7 @@ class InfiniConfig:
     # Window geometry, which the cache, the segment plan and the layer all need.
 
     def carried_length(self, segment):
-        """Tokens of earlier segments in the local window of segment number `segment` (sinks and overlap, each once)."""
+        """Tokens of earlier segments in the local window of segment `segment` (sinks and overlap, each once)."""
         return min(self.sink_tokens + self.overlap, segment * self.segment_length)
 
     def window_length(self, seen):

@@ -1,4 +1,4 @@
-"""What happens before a patched decoder runs: the cache is checked or made, padding read, the segment plan drawn up."""
+"""Before a patched decoder runs: the cache is checked or made, padding is read, the segment plan drawn up."""
 
 import logging
 import weakref
@@ -14,13 +14,15 @@ from .segments import SegmentPlan
 
 logger = logging.getLogger(__name__)
 
+# The order in which every supported decoder takes its arguments.
+POSITIONAL = ("input_ids", "attention_mask", "position_ids", "past_key_values", "inputs_embeds", "use_cache")
 # Float32 angles of stock sliding layers are good to about a token in a hundred up to here.
 LONGEST_GLOBAL_POSITION = 2_000_000
 
 
 def decoder_pre_hook(decoder, args, kwargs):
     """The forward pre-hook of a patched decoder (`LlamaModel` and its like): returns the changed arguments."""
-    kwargs = {**dict(zip(("input_ids", "attention_mask", "position_ids", "past_key_values"), args)), **kwargs}
+    kwargs = {**dict(zip(POSITIONAL, args, strict=False)), **kwargs}
     tokens = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
     if tokens is None:
         # The stock forward has its own message for a call without tokens.
@@ -93,16 +95,22 @@ def read_padding(attention_mask, batch, columns, past, cache):
     if attention_mask is None:
         return None
     if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        shape = tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        shape = (
+            tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
+        )
         raise NotImplementedError(
-            f"attention_mask of {shape}: Infini-attention takes a padding mask of two dimensions (batch, tokens); packed "
-            "or custom attention patterns are not supported, give each document a row of its own"
+            f"attention_mask of {shape}: Infini-attention takes a padding mask of two dimensions (batch, tokens); "
+            "packed or custom attention patterns are not supported, give each document a row of its own"
         )
     hidden = 0 if cache is None else cache.hidden_columns
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (columns, past + columns, past + columns - hidden):
+    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (
+        columns,
+        past + columns,
+        past + columns - hidden,
+    ):
         raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: the call has {batch} rows of {columns} tokens after "
-            f"{past}; the mask must cover the {columns} new columns, or all {past + columns}"
+            f"attention_mask of shape {tuple(attention_mask.shape)}: the call has {batch} rows of {columns} tokens "
+            f"after {past}; the mask must cover the {columns} new columns, or all {past + columns}"
         )
     return attention_mask[:, -columns:].bool() if columns else attention_mask[:, :0].bool()
 
@@ -116,7 +124,7 @@ def check_positions(positions, mask, columns):
         falls = falls & mask[:, 1:] & mask[:, :-1]
     if bool(falls.any()):
         raise NotImplementedError(
-            "position_ids fall inside a row, as they do where documents are packed into one: their memories would mix. "
+            "position_ids fall inside a row, as where documents are packed into one: their memories would mix. "
             "Give each document a row of its own (padded rows are fine), or join them into one text on purpose"
         )
 
@@ -130,7 +138,7 @@ def stream_positions(seen, mask, columns, device):
 
 
 def window_tables(decoder, config, tokens, cache):
-    """Cosines and sines of all window positions, `(1, longest_window, head_dim)`, from the decoder's own RoPE module."""
+    """Cosines and sines of all window positions, `(1, longest_window, head_dim)`, by the decoder's RoPE module."""
     embedding = decoder.get_input_embeddings().weight
     dtype = tokens.dtype if tokens.is_floating_point() else embedding.dtype
     key = (dtype, tokens.device)

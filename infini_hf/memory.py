@@ -46,7 +46,7 @@ def map_queries(queries, feature_map="elu"):
 
 
 def divide(numerator, denominator):
-    """`numerator / denominator` with the denominator kept away from zero; both float32, the denominator one dim less."""
+    """`numerator / denominator` with the denominator, one dimension less, kept away from zero; both float32."""
     return numerator / denominator.clamp_min(SMALLEST_NORM).unsqueeze(-1)
 
 
@@ -56,7 +56,7 @@ def no_autocast(tensor):
 
 
 def empty(keys):
-    """A memory with nothing in it, `M = 0` and `z = 0` (below Eq. 4), for keys `(batch, num_kv_heads, ..., head_dim)`."""
+    """A memory with nothing in it, `M = 0` and `z = 0` for keys `(batch, num_kv_heads, ..., head_dim)`."""
     batch, heads, dim = keys.shape[0], keys.shape[1], keys.shape[-1]
     options = {"dtype": torch.float32, "device": keys.device}
     return torch.zeros(batch, heads, dim, dim, **options), torch.zeros(batch, heads, dim, **options)

@@ -22,9 +22,8 @@ def patched_decoder(model):
     if not isinstance(model, torch.nn.Module):
         return None
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and isinstance(vars(module.config).get("infini_attention"), dict):
-            if any(isinstance(part, InfiniAttention) for part in module.modules()):
-                return module
+        if isinstance(module, PreTrainedModel) and any(isinstance(part, InfiniAttention) for part in module.modules()):
+            return module
     return None
 
 
@@ -50,9 +49,13 @@ def patch_model(model, config=None):
     """
     config = InfiniConfig() if config is None else config
     if not isinstance(config, InfiniConfig):
-        raise TypeError(f"config is a {type(config).__name__}: pass an InfiniConfig, as in InfiniConfig(segment_length=2048)")
+        raise TypeError(
+            f"config is a {type(config).__name__}: pass an InfiniConfig, as in InfiniConfig(segment_length=2048)"
+        )
     if not isinstance(model, PreTrainedModel):
-        raise TypeError(f"model is a {type(model).__name__}: patch the transformers model itself, before PEFT or a wrapper")
+        raise TypeError(
+            f"model is a {type(model).__name__}: patch the transformers model itself, before PEFT or a wrapper"
+        )
     if is_patched(model):
         raise ValueError(f"this {type(model).__name__} is patched already: call unpatch_model(model) first")
     family = family_of(model.config)
@@ -134,10 +137,13 @@ def choose_layers(model, config):
         )
     for index in config.layers or ():
         if index >= count:
-            raise ValueError(f"layers={config.layers}: the model has {count} layers, so {index} is not one; count from 0")
+            raise ValueError(
+                f"layers={config.layers}: the model has {count} layers, so {index} is not one; count from 0"
+            )
         if index not in candidates:
             raise ValueError(
-                f"layers={config.layers}: layer {index} has a sliding window; the layers with global attention are {candidates}"
+                f"layers={config.layers}: layer {index} has a sliding window; layers with "
+                f"global attention are {candidates}"
             )
     return candidates if config.layers is None else config.layers
 
@@ -177,8 +183,8 @@ def warn_of_window(model, config):
     trained = model.config.max_position_embeddings
     if config.longest_window > trained:
         logger.warning(
-            "the local window of %d tokens (segment_length + overlap + sink_tokens) is longer than the %d positions that "
-            "%s was trained on: choose a shorter segment, or expect worse text near its end",
+            "the local window of %d tokens (segment_length + overlap + sink_tokens) is longer than the %d positions "
+            "that %s was trained on: choose a shorter segment, or expect worse text near its end",
             config.longest_window,
             trained,
             type(model).__name__,

@@ -69,7 +69,7 @@ class Layout:
         return (torch.arange(self.length)[None] - shifts[:, None]).clamp_min(0).to(self.device)
 
     def carry_index(self, kept, first):
-        """`(batch, max kept)` columns of the keys to carry on: for each row its first `first` of `kept`, then its last."""
+        """`(batch, max kept)` columns of the keys to carry on: of each row's `kept`, `first` from the start."""
         width = max(kept)
         lengths, kept = torch.tensor(self.lengths)[:, None], torch.tensor(kept)[:, None]
         column = torch.arange(width)[None] - (width - kept)
@@ -134,7 +134,9 @@ class SegmentPlan:
             order = torch.argsort((~self.valid).to(torch.int8), dim=1, stable=True)
         self.seen_after = tuple(seen + new for seen, new in zip(self.seen, fresh, strict=True))
         self.rounds = self._cut(fresh, order)
-        if any(isinstance(round.columns, torch.Tensor) for round in self.rounds) or (self.rounds == [] and self.columns):
+        if any(isinstance(round.columns, torch.Tensor) for round in self.rounds) or (
+            self.rounds == [] and self.columns
+        ):
             self.scatter_index = self._scatter_index()
 
     def _cut(self, fresh, order):
@@ -164,7 +166,7 @@ class SegmentPlan:
         return index if order is None else order.gather(1, index)
 
     def _scatter_index(self):
-        """`(batch, columns)`: where each column's output stands in the outputs of all rounds; past the end if nowhere."""
+        """`(batch, columns)`: where a column's output stands in those of all rounds; past the end if nowhere."""
         total = sum(round.layout.count for round in self.rounds)
         index = torch.full((len(self.seen), self.columns + 1), total, device=self.device)
         offset = 0

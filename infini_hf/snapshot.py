@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from .cache import InfiniLayer
+from .config import InfiniConfig
 from .version import __version__
 
 FILE_NAME = "memory.safetensors"
@@ -76,14 +77,16 @@ def load_snapshot(cache, directory, model):
         [`InfiniCache`]: the same cache.
 
     Raises:
-        ValueError: when the snapshot is not there, is damaged, holds NaN, or belongs to another model or other weights.
+        ValueError: when the snapshot is not there, damaged, holds NaN, or belongs to another model or weights.
     """
     path = Path(directory) / FILE_NAME
     tensors, metadata = read_file(path)
     decoder = model.get_decoder()
     check_fingerprint(path, json.loads(metadata["fingerprint"]), fingerprint(decoder))
     if checksum(tensors) != metadata["checksum"]:
-        raise ValueError(f"{path}: the contents do not match their checksum, so the file is damaged: read the text again")
+        raise ValueError(
+            f"{path}: the contents do not match their checksum, so the file is damaged: read the text again"
+        )
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds NaN or infinity: the memory is spoilt, read the text again")
@@ -91,7 +94,18 @@ def load_snapshot(cache, directory, model):
     return cache
 
 
+def read_patch(directory):
+    """The [`InfiniConfig`] that a snapshot was written under.
+
+    Raises:
+        ValueError: when the snapshot is not there or cannot be read.
+    """
+    _, metadata = read_file(Path(directory) / FILE_NAME)
+    return InfiniConfig.from_dict(json.loads(json.loads(metadata["fingerprint"])["patch"]))
+
+
 def collect_tensors(cache):
+    """All tensors of the state, on the CPU, by the name they have in the file."""
     tensors = {}
     for index, layer in enumerate(cache.layers):
         for name in InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values"):
@@ -108,9 +122,11 @@ def read_file(path):
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{path}: cannot be read, so it is damaged or truncated ({error}): read the text again") from error
+        raise ValueError(
+            f"{path}: cannot be read, so it is damaged or truncated ({error}): read the text again"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no memory snapshot of this format ({metadata.get('format')!r}, not {FORMAT!r})")
     return tensors, metadata
@@ -164,8 +180,8 @@ def check_fingerprint(path, theirs, ours):
         raise ValueError(f"{path}: was written under another patch ({theirs['patch']}, this is {ours['patch']})")
     if theirs["weights"] != ours["weights"]:
         raise ValueError(
-            f"{path}: was written by other weights, gates or adapters of this model, or in another dtype: load the ones "
-            "that read the text (a LoRA switched off is another model), or read it again"
+            f"{path}: was written by other weights, gates or adapters of this model, or in another dtype: load the "
+            "ones that read the text (a LoRA switched off is another model), or read it again"
         )
 
 

@@ -25,7 +25,9 @@ def require_patched(model):
         raise TypeError(f"model is a {type(model).__name__}: pass a patched model")
     inner = patched_decoder(model)
     if inner is None:
-        raise ValueError(f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first")
+        raise ValueError(
+            f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first"
+        )
     return inner
 
 
@@ -40,7 +42,9 @@ def as_batch(ids, vocabulary):
         try:
             ids = torch.tensor(ids)
         except (TypeError, ValueError) as error:
-            raise TypeError(f"ids of type {type(ids).__name__}: pass token ids, as a tensor or a list ({error})") from error
+            raise TypeError(
+                f"ids of type {type(ids).__name__}: pass token ids, as a tensor or a list ({error})"
+            ) from error
         ids = ids.long() if ids.numel() == 0 else ids
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids of dtype {ids.dtype}: token ids are whole numbers")
@@ -48,7 +52,7 @@ def as_batch(ids, vocabulary):
         ids = ids[None]
     if ids.ndim != 2:
         raise ValueError(f"ids of shape {tuple(ids.shape)}: must be (batch, seq_len)")
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < vocabulary):
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
         raise ValueError(
             f"ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has ids 0 to {vocabulary - 1}; "
             "was the text tokenised with another tokenizer?"
@@ -81,9 +85,11 @@ def stream_chunks(ids, attention_mask, chunk_size, vocabulary):
         ids = as_batch(ids, vocabulary)
         mask = check_mask(attention_mask, ids)
         masks = itertools.repeat(None) if mask is None else mask.split(chunk_size, dim=1)
-        return zip(ids.split(chunk_size, dim=1), masks), ids.shape[1]
+        return zip(ids.split(chunk_size, dim=1), masks, strict=False), ids.shape[1]
     if attention_mask is not None:
-        raise ValueError("attention_mask with an iterator of ids: padding is read from one tensor; pass ids as a tensor")
+        raise ValueError(
+            "attention_mask with an iterator of ids: padding is read from one tensor; pass ids as a tensor"
+        )
     return gather_pieces(ids, chunk_size, vocabulary), None
 
 
@@ -128,9 +134,9 @@ def prefill(model, ids, attention_mask=None, cache=None, chunk_size=8192, progre
     Args:
         model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
         ids (`torch.Tensor`, `list`, or iterator): token ids `(batch, seq_len)`, or an iterator of such pieces.
-        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding, which is neither written nor read.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding: neither written nor read.
         cache ([`InfiniCache`], *optional*): the cache to continue; a new one by default.
-        chunk_size (`int`, *optional*, defaults to `8192`): columns in one forward; it changes speed and peak memory only.
+        chunk_size (`int`, *optional*, defaults to `8192`): columns in a forward; speed and peak memory only.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar when it takes more than two seconds.
 
     Returns:
@@ -203,7 +209,7 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     """Continue a stream: `model.generate` on the new ids alone, after everything that the cache holds.
 
     Afterwards the cache holds every token returned, the last one too, and no padding of a row that finished early, so
-    that the next turn of a conversation continues from it. The cost of a token does not depend on what was read before.
+    that the next turn of a conversation continues from it. A token costs the same whatever was read before.
 
     Args:
         model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
@@ -223,7 +229,9 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     cache = open_cache(inner, cache)
     ids = as_batch(ids, inner.config.vocab_size)
     if not ids.shape[1]:
-        raise ValueError("ids hold no token: generation needs at least one to continue from, the cache alone has none to give")
+        raise ValueError(
+            "ids hold no token: generation needs at least one to continue from, the cache alone has none to give"
+        )
     if kwargs.get("past_key_values") is not None:
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
     refuse_rollback(kwargs)
@@ -253,7 +261,7 @@ def refuse_rollback(kwargs):
     for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
         if kwargs.get(name) is not None:
             raise NotImplementedError(
-                f"{name}: assisted decoding takes tokens back, and what is written into the memory cannot be taken out; "
+                f"{name}: assisted decoding takes tokens back, and what is written in the memory cannot be taken out; "
                 "generate without an assistant"
             )
 

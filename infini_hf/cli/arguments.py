@@ -26,7 +26,9 @@ def parse_arguments(dataclass_types, description, argv=None):
     first.add_argument("--config", type=Path, default=None)
     config, rest = first.parse_known_args(argv)
     parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
-    parser.add_argument("--config", type=Path, default=None, help="a YAML file of these options; the command line wins")
+    parser.add_argument(
+        "--config", type=Path, default=None, help="a YAML file of these options; the command line wins"
+    )
     if config.config is not None:
         values = read_yaml(config.config, {field.name for kind in dataclass_types for field in fields(kind)})
         parser.set_defaults(**values)
@@ -48,6 +50,8 @@ def read_yaml(path, known):
     unknown = sorted(set(values) - set(known))
     if unknown:
         near = {key: difflib.get_close_matches(key, known, n=2) for key in unknown}
-        hints = "; ".join(f"{key!r} (did you mean {' or '.join(close)}?)" if close else repr(key) for key, close in near.items())
+        hints = "; ".join(
+            f"{key!r} (did you mean {' or '.join(close)}?)" if close else repr(key) for key, close in near.items()
+        )
         raise ValueError(f"{path}: unknown options {hints}; see --help for the list")
     return values

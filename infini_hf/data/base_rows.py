@@ -79,7 +79,7 @@ class BaseRows(torch.utils.data.Dataset):
         self.windows = len(self.tokens) // row_length - 1
         if self.windows < 1:
             raise ValueError(
-                f"row_length={row_length}: the books hold only {len(self.tokens)} tokens; give more text or shorter rows"
+                f"row_length={row_length}: the books hold {len(self.tokens)} tokens; give more text or shorter rows"
             )
 
     def __len__(self):

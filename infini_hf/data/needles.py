@@ -118,7 +118,9 @@ def draw_facts(rng, count, split="train"):
     names = rng.choice(NAMES, count, replace=False)
     if kind == "key":
         return [named_key_fact(name, draw_key(rng, int(rng.integers(5, 8)), split)) for name in names]
-    return [named_word_fact(name, word) for name, word in zip(names, rng.choice(WORDS, count, replace=False))]
+    return [
+        named_word_fact(name, word) for name, word in zip(names, rng.choice(WORDS, count, replace=False), strict=True)
+    ]
 
 
 def recall_document(rng, text, characters, grass_fraction=0.3, repeat_fraction=0.1, split="train"):

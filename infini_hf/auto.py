@@ -1,0 +1,140 @@
+"""`AutoInfiniModelForCausalLM`: a checkpoint, vanilla or patched, loaded and patched in one call."""
+
+import json
+import logging
+
+import torch
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+
+from .attention import InfiniAttention
+from .config import InfiniConfig
+from .families import family_of
+from .patching import patch_model
+
+logger = logging.getLogger(__name__)
+
+GATE = "memory_gate.bias"
+# What `cached_file` needs to find the same files as `from_pretrained`.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+
+
+class AutoInfiniModelForCausalLM:
+    """Loads a causal language model with Infini-attention."""
+
+    def __init__(self):
+        raise TypeError("AutoInfiniModelForCausalLM is made by its from_pretrained(name_or_folder)")
+
+    @classmethod
+    def from_pretrained(cls, name_or_path, infini_config=None, **kwargs):
+        """Load a checkpoint and patch it.
+
+        A vanilla checkpoint gets gates at exactly zero; a patched one its own options and gates.
+
+        Args:
+            name_or_path (`str` or `Path`): a hub name or a folder.
+            infini_config ([`InfiniConfig`], *optional*):
+                the options; by default those in the checkpoint, else the defaults.
+            kwargs: everything that `AutoModelForCausalLM.from_pretrained` takes (`dtype`, `device_map`,
+                `attn_implementation`, `quantization_config`, `revision`, …).
+
+        Returns:
+            `PreTrainedModel`: the model, of its own stock class, patched.
+
+        Raises:
+            TypeError: when `infini_config` is not an [`InfiniConfig`].
+            ValueError: when the options do not fit the model or the checkpoint lacks some of its gates.
+            NotImplementedError: when the family is not supported.
+        """
+        if infini_config is not None and not isinstance(infini_config, InfiniConfig):
+            raise TypeError(f"infini_config is a {type(infini_config).__name__}: pass an InfiniConfig")
+        hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+        config = kwargs.pop("config", None)
+        if config is None:
+            config = AutoConfig.from_pretrained(name_or_path, **hub)
+        # Before any weight is read.
+        family_of(config)
+        stored = vars(config).pop("infini_attention", None)
+        chosen = choose_config(infini_config, stored, name_or_path)
+        model, info = load_stock(name_or_path, config, kwargs)
+        patch_model(model, chosen)
+        if stored is not None:
+            load_gates(model, read_gates(name_or_path, hub), name_or_path)
+        warn_of_keys(info, name_or_path)
+        return model
+
+
+def choose_config(given, stored, name):
+    """The options asked for, else those of the checkpoint, else the defaults."""
+    stored = None if stored is None else InfiniConfig.from_dict(stored)
+    if given is None:
+        return stored or InfiniConfig()
+    if stored is not None and given != stored:
+        logger.warning("%s was trained with %s and is loaded with %s, as asked", name, stored, given)
+    return given
+
+
+def load_stock(name, config, kwargs):
+    """The stock model and the loading info. The loading report is silenced: gates are left over by design there, and
+    `warn_of_keys` says what else is."""
+    library = logging.getLogger("transformers.modeling_utils")
+    level = library.level
+    library.setLevel(logging.ERROR)
+    try:
+        return AutoModelForCausalLM.from_pretrained(name, config=config, **{**kwargs, "output_loading_info": True})
+    finally:
+        library.setLevel(level)
+
+
+def warn_of_keys(info, name):
+    """Say what the checkpoint has too much or too little of, gates apart."""
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith(GATE))
+    missing = sorted(info["missing_keys"])
+    if unexpected:
+        logger.warning("%s: the model has no place for %s", name, unexpected)
+    if missing:
+        logger.warning("%s: not in the checkpoint and newly initialised: %s", name, missing)
+
+
+def read_gates(name, hub):
+    """All gates in a checkpoint, by name, float32."""
+    missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub, **missing_ok)
+    if index is None:
+        files = [SAFE_WEIGHTS_NAME]
+    else:
+        with open(index, encoding="utf-8") as file:
+            places = json.load(file)["weight_map"]
+        files = sorted({place for key, place in places.items() if key.endswith(GATE)})
+    gates = {}
+    for file_name in files:
+        with safe_open(cached_file(name, file_name, **hub), framework="pt") as file:
+            names = [key for key in file.keys() if key.endswith(GATE)]  # noqa: SIM118 (no mapping)
+            gates.update({key: file.get_tensor(key).float() for key in names})
+    return gates
+
+
+def load_gates(model, gates, name):
+    """Copy the checkpoint's gates into the patched layers.
+
+    Raises:
+        ValueError: when a patched layer has no gate in the checkpoint although others have.
+    """
+    absent = []
+    for path, module in model.named_modules():
+        if not isinstance(module, InfiniAttention):
+            continue
+        key = f"{path}.{GATE}"
+        if key not in gates:
+            absent.append(key)
+            continue
+        with torch.no_grad():
+            module.memory_gate.bias.copy_(gates.pop(key))
+    if absent and gates:
+        raise ValueError(
+            f"{name}: the patch covers {absent}, which the checkpoint has no gate for, and the checkpoint has "
+            f"{sorted(gates)}: pass the layers it was trained with (infini_config=None takes them from the checkpoint)"
+        )
+    if gates:
+        logger.warning("%s: gates left out by the patch: %s", name, sorted(gates))

@@ -1,0 +1,40 @@
+"""`infini-hf ask`: put a question to a memory."""
+
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from transformers import TextStreamer
+
+from ..cache import InfiniCache
+from ..snapshot import read_patch
+from ..streaming import generate
+from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, load
+
+
+def ask(
+    model: Annotated[str, MODEL],
+    prompt: Annotated[str, typer.Argument(help="What the text goes on with: a question, or its next words.")],
+    memory: Annotated[Path, MEMORY],
+    max_new_tokens: int = typer.Option(100, help="Tokens to write."),
+    temperature: float = typer.Option(0.0, help="0 is greedy; the paper's BookSum setting is 0.5 with top-p 0.95."),
+    top_p: float = typer.Option(0.95, help="Nucleus sampling, when the temperature is not 0."),
+    seed: int = typer.Option(0, help="Seed of the sampling."),
+    save: bool = typer.Option(False, "--save", help="Keep question and answer in the memory, for the next turn."),
+    dtype: str = DTYPE,
+    device: str = DEVICE,
+    threads: int = THREADS,
+):
+    """Continue a saved memory with a prompt. The snapshot stays as it is, unless --save is given."""
+    language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads)
+    cache = InfiniCache.from_pretrained(memory, model=language_model)
+    torch.manual_seed(seed)
+    options = {"do_sample": temperature > 0}
+    if temperature > 0:
+        options.update(temperature=temperature, top_p=top_p)
+    streamer = TextStreamer(tokenizer, skip_special_tokens=True)
+    ids = encode(tokenizer, prompt, first=False)
+    generate(language_model, ids, cache=cache, max_new_tokens=max_new_tokens, streamer=streamer, **options)
+    if save:
+        cache.save_pretrained(memory)

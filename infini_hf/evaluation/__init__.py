@@ -1,0 +1,1 @@
+"""Measurements: perplexity by position, recall of hidden facts."""

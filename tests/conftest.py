@@ -1,0 +1,27 @@
+"""Every test runs offline, on one CPU thread, from a fixed seed."""
+
+import os
+import sys
+from pathlib import Path
+
+# Before anything imports transformers, which reads it once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+# The helpers beside the tests (models, oracle) are imported by name.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import torch
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes more than five seconds")
+
+
+def pytest_sessionstart(session):
+    # Tiny matrices are slower on many threads, and rounding should not depend on the machine.
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)

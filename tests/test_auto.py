@@ -1,0 +1,115 @@
+"""Loading: a vanilla or a patched checkpoint gives the model it should, with every gate where it was."""
+
+import logging
+
+import pytest
+import torch
+from models import build, open_gates
+from transformers import AutoModelForCausalLM
+
+from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, is_patched, patch_model
+
+PATCH = InfiniConfig(segment_length=16, overlap=3, sink_tokens=1)
+
+
+def gates(model):
+    return [tensor for name, tensor in model.state_dict().items() if name.endswith("memory_gate.bias")]
+
+
+@pytest.fixture
+def ids():
+    return torch.randint(0, 97, (1, 70), generator=torch.Generator().manual_seed(0))
+
+
+def test_vanilla_checkpoint_gets_gates_at_exactly_zero(tmp_path, ids):
+    base = build("llama")
+    base.save_pretrained(tmp_path)
+    model = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=PATCH)
+    assert is_patched(model)
+    assert len(gates(model)) == base.config.num_hidden_layers
+    assert all(torch.equal(gate, torch.zeros_like(gate)) for gate in gates(model))
+    torch.testing.assert_close(model(ids[:, :16]).logits, base(ids[:, :16]).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("shard", ["5GB", "20KB"])
+def test_patched_checkpoint_comes_back_with_its_options_and_gates(tmp_path, ids, family, shard):
+    saved = patch_model(build(family), PATCH)
+    open_gates(saved, seed=1)
+    saved.save_pretrained(tmp_path, max_shard_size=shard)
+    loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert loaded.config.infini_attention == saved.config.infini_attention
+    assert all(torch.equal(a, b) for a, b in zip(gates(loaded), gates(saved), strict=True))
+    assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
+
+
+def test_gates_stay_float32_in_a_half_precision_model(tmp_path):
+    saved = patch_model(build("llama"), PATCH)
+    open_gates(saved, seed=1)
+    saved.save_pretrained(tmp_path)
+    loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, dtype="bfloat16")
+    assert loaded.dtype == torch.bfloat16
+    assert all(gate.dtype == torch.float32 for gate in gates(loaded))
+    assert all(torch.equal(a, b) for a, b in zip(gates(loaded), gates(saved), strict=True))
+
+
+def test_device_map_with_offload_gives_the_same_logits(tmp_path, ids):
+    whole = patch_model(build("llama"), PATCH)
+    open_gates(whole, seed=1)
+    whole.save_pretrained(tmp_path / "saved")
+    places = {
+        "model.embed_tokens": "cpu",
+        "model.rotary_emb": "cpu",
+        "model.layers.0": "cpu",
+        "model.layers.1": "disk",
+    }
+    offloaded = AutoInfiniModelForCausalLM.from_pretrained(
+        tmp_path / "saved",
+        device_map={**places, "model.norm": "cpu", "lm_head": "cpu"},
+        offload_folder=tmp_path / "offload",
+        attn_implementation="eager",
+    ).eval()
+    assert offloaded.model.layers[1].self_attn.q_proj.weight.device.type == "meta"
+    assert torch.equal(offloaded(ids).logits, whole(ids).logits)
+
+
+def test_stock_loading_of_a_patched_checkpoint_gives_the_base_model(tmp_path, ids):
+    base = build("llama").eval()
+    expected = base(ids).logits
+    open_gates(patch_model(base, PATCH), seed=1)
+    base.save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert not is_patched(stock)
+    assert torch.equal(stock(ids).logits, expected)
+
+
+def test_other_options_than_the_checkpoints_are_used_and_said(tmp_path, caplog):
+    patch_model(build("llama"), PATCH).save_pretrained(tmp_path)
+    other = InfiniConfig(segment_length=8)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        model = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=other)
+    assert "segment_length=16" in caplog.text
+    assert "segment_length=8" in caplog.text
+    assert model.config.infini_attention["segment_length"] == 8
+
+
+def test_one_info_line_says_what_was_patched(tmp_path, caplog):
+    build("llama").save_pretrained(tmp_path)
+    with caplog.at_level(logging.INFO, logger="infini_hf"):
+        AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=PATCH)
+    lines = [record.message for record in caplog.records if record.levelno == logging.INFO]
+    assert len(lines) == 1
+    assert "segments of 16 tokens" in lines[0]
+
+
+def test_layers_without_a_gate_in_the_checkpoint_are_refused(tmp_path):
+    patch_model(build("llama"), InfiniConfig(segment_length=16, layers=[0])).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.memory_gate\.bias.*no gate for"):
+        AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=InfiniConfig(segment_length=16, layers=[1]))
+
+
+def test_wrong_kinds_are_refused(tmp_path):
+    with pytest.raises(TypeError, match="InfiniConfig"):
+        AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config={"segment_length": 16})
+    with pytest.raises(TypeError, match="from_pretrained"):
+        AutoInfiniModelForCausalLM()

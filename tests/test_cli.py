@@ -1,0 +1,146 @@
+"""The command line on the shipped checkpoint: it reads, keeps, goes on where it stopped, and answers."""
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+from typer.testing import CliRunner
+
+from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, generate, prefill
+from infini_hf.assets import resolve, shipped
+from infini_hf.cli import read as read_module
+from infini_hf.cli.main import app, main
+from infini_hf.snapshot import read_patch
+
+TEXT = "It was a cold morning, and the old lady had not yet come down to her breakfast. " * 30
+OTHER = "The coach stood before the door, and nobody could say where the driver was. " * 20
+PATCH = ["--segment-length", "128", "--overlap", "16", "--sink-tokens", "2", "--threads", "1"]
+
+
+@pytest.fixture
+def run():
+    return lambda *args: CliRunner().invoke(app, [str(arg) for arg in args], catch_exceptions=False)
+
+
+@pytest.fixture
+def book(tmp_path):
+    path = tmp_path / "book.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def memory(tmp_path):
+    return tmp_path / "memory"
+
+
+def reference(*texts):
+    """Model, tokenizer and cache of the texts read in one go."""
+    config = InfiniConfig(segment_length=128, overlap=16, sink_tokens=2)
+    model = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama"), infini_config=config).eval()
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+    ids = [tokenizer(text, return_tensors="pt")["input_ids"] for text in texts]
+    return model, tokenizer, prefill(model, torch.cat(ids, dim=1))
+
+
+def assert_same_state(ours, theirs):
+    assert ours.seen == theirs.seen
+    for a, b in zip(ours.layers, theirs.layers, strict=True):
+        for name in a.TENSORS:
+            # bfloat16 weights: chunks of another size round differently.
+            torch.testing.assert_close(getattr(a, name).float(), getattr(b, name).float(), atol=5e-2, rtol=5e-2)
+
+
+def test_read_and_ask_are_prefill_and_generate(run, book, memory):
+    assert run("read", "tiny-llama", book, "--memory", memory, *PATCH).exit_code == 0
+    model, tokenizer, cache = reference(TEXT)
+    assert_same_state(InfiniCache.from_pretrained(memory, model=model), cache)
+    answer = run("ask", "tiny-llama", "The old lady", "--memory", memory, "--max-new-tokens", "8", "--threads", "1")
+    assert answer.exit_code == 0
+    ids = tokenizer("The old lady", return_tensors="pt")["input_ids"]
+    expected = generate(model, ids, cache=InfiniCache.from_pretrained(memory, model=model), max_new_tokens=8)
+    assert tokenizer.decode(expected[0]).strip() in answer.output
+
+
+def test_asking_leaves_the_snapshot_unless_told_to_save(run, book, memory):
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH)
+    before = (memory / "memory.safetensors").read_bytes()
+    question = ["ask", "tiny-llama", "And then", "--memory", memory, "--max-new-tokens", "4", "--threads", "1"]
+    run(*question)
+    assert (memory / "memory.safetensors").read_bytes() == before
+    run(*question, "--save")
+    assert (memory / "memory.safetensors").read_bytes() != before
+
+
+def test_a_file_read_already_is_skipped_and_a_new_one_follows(run, book, memory, tmp_path):
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH)
+    other = tmp_path / "other.txt"
+    other.write_text(OTHER, encoding="utf-8")
+    again = run("read", "tiny-llama", book, other, "--memory", memory)
+    assert "read already" in again.output
+    model, _, cache = reference(TEXT, OTHER)
+    assert_same_state(InfiniCache.from_pretrained(memory, model=model), cache)
+
+
+def test_interrupted_reading_is_saved_and_goes_on(run, book, memory, monkeypatch):
+    calls, stock = [], read_module.prefill
+
+    def interrupted(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return stock(*args, **kwargs)
+
+    monkeypatch.setattr(read_module, "prefill", interrupted)
+    stopped = run("read", "tiny-llama", book, "--memory", memory, "--chunk-size", "100", *PATCH)
+    assert stopped.exit_code == 130
+    assert "stopped after 200 tokens" in stopped.output
+    model, _, cache = reference(TEXT)
+    assert InfiniCache.from_pretrained(memory, model=model).seen == (200,)
+    assert run("read", "tiny-llama", book, "--memory", memory).exit_code == 0
+    assert_same_state(InfiniCache.from_pretrained(memory, model=model), cache)
+
+
+def test_another_file_is_refused_while_one_is_unfinished(run, book, memory, tmp_path, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    stock = read_module.prefill
+    monkeypatch.setattr(read_module, "prefill", lambda *a, **k: stop() if k["cache"].seen else stock(*a, **k))
+    run("read", "tiny-llama", book, "--memory", memory, "--chunk-size", "64", *PATCH)
+    other = tmp_path / "other.txt"
+    other.write_text(OTHER, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"in the middle of book\.txt"):
+        run("read", "tiny-llama", other, "--memory", memory)
+
+
+def test_segments_fit_the_positions_of_the_checkpoint_by_default(run, book, memory):
+    run("read", "tiny-llama", book, "--memory", memory, "--threads", "1")
+    assert read_patch(memory).segment_length == 640
+
+
+def test_demo_reads_saves_reloads_and_goes_on(run, book, memory):
+    shown = run("demo", "--text", book, "--memory", memory, "--new-tokens", "8", "--threads", "1")
+    assert shown.exit_code == 0
+    assert "memory saved and reloaded" in shown.output
+    assert "perplexity" in shown.output
+    model = AutoInfiniModelForCausalLM.from_pretrained(
+        resolve("tiny-llama"), infini_config=read_patch(memory), dtype="float32"
+    )
+    tokens = len(AutoTokenizer.from_pretrained(resolve("tiny-llama"))(TEXT)["input_ids"])
+    assert InfiniCache.from_pretrained(memory, model=model).seen == (tokens,)
+
+
+def test_refusals_are_one_sentence(capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr("sys.argv", ["infini-hf", "ask", "tiny-llama", "Who?", "--memory", str(tmp_path / "nothing")])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 2
+    assert "no memory snapshot is there" in capsys.readouterr().err
+
+
+def test_help_names_the_commands_and_the_shipped_checkpoints(run):
+    assert "tiny-llama" in shipped()
+    for command in ("demo", "read", "ask"):
+        assert command in run("--help").output
+        assert run(command, "--help").exit_code == 0
+    assert "tiny-llama" in run("read", "--help").output
