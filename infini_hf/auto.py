@@ -1,5 +1,6 @@
 """`AutoInfiniModelForCausalLM`: a checkpoint, vanilla or patched, loaded and patched in one call."""
 
+import copy
 import json
 import logging
 
@@ -51,8 +52,7 @@ class AutoInfiniModelForCausalLM:
             raise TypeError(f"infini_config is a {type(infini_config).__name__}: pass an InfiniConfig")
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
         config = kwargs.pop("config", None)
-        if config is None:
-            config = AutoConfig.from_pretrained(name_or_path, **hub)
+        config = AutoConfig.from_pretrained(name_or_path, **hub) if config is None else copy.deepcopy(config)
         # Before any weight is read.
         family_of(config)
         stored = vars(config).pop("infini_attention", None)

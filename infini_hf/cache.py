@@ -213,7 +213,8 @@ class InfiniCache(Cache):
     def fetch(self, layer_idx):
         """The state of a layer, on its device; the next layer's transfer is started when the cache is offloaded."""
         layer = self.layers[layer_idx]
-        if self.offloading and layer.is_initialized:
+        # On the CPU there is nowhere to offload to.
+        if self.offloading and layer.is_initialized and layer.device.type != "cpu":
             torch.cuda.default_stream(layer.device).wait_stream(self.prefetch_stream)
             layer.prefetch()
             self.prefetch(layer_idx + 1, self.only_non_sliding)

@@ -1,6 +1,7 @@
 """Patch a model that you hold, and take the patch off again. Nothing outside the instance changes."""
 
 import contextlib
+import copy
 import logging
 from types import MethodType
 
@@ -61,9 +62,12 @@ def patch_model(model, config=None):
     family = family_of(model.config)
     layers = choose_layers(model, config)
     decoder = model.get_decoder()
-    for index in layers:
-        patch_layer(decoder.layers[index].self_attn, family.attention, config)
-    model.config.infini_attention = config.to_dict()
+    attentions = [decoder.layers[index].self_attn for index in layers]
+    for attention in attentions:
+        check_layer(attention, family.attention)
+    for attention in attentions:
+        patch_layer(attention, family.attention, config)
+    own_config(model).infini_attention = config.to_dict()
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
     model._prepare_cache_for_generation = MethodType(prepare_cache_for_generation, model)
     warn_of_window(model, config)
@@ -121,6 +125,16 @@ def patched(model, config=None):
         unpatch_model(model)
 
 
+def own_config(model):
+    """Give the model a config of its own: models built from one config object share it, and would share the patch."""
+    shared = model.config
+    own = copy.deepcopy(shared)
+    for module in model.modules():
+        if vars(module).get("config") is shared:
+            module.config = own
+    return own
+
+
 def choose_layers(model, config):
     """The indices to patch.
 
@@ -148,8 +162,12 @@ def choose_layers(model, config):
     return candidates if config.layers is None else config.layers
 
 
-def patch_layer(attention, infini_class, config):
-    """Give one attention module its new class and its gate."""
+def check_layer(attention, infini_class):
+    """Refuse a layer that cannot be patched, before any is.
+
+    Raises:
+        NotImplementedError: when it runs another class than the family's, or is not causal.
+    """
     if type(attention) is not infini_class.stock_class:
         raise NotImplementedError(
             f"layer {attention.layer_idx} runs {type(attention).__name__}, not {infini_class.stock_class.__name__}: "
@@ -157,7 +175,12 @@ def patch_layer(attention, infini_class, config):
         )
     if not attention.is_causal:
         raise NotImplementedError("use_bidirectional_attention: Infini-attention is causal; load the model without it")
+
+
+def patch_layer(attention, infini_class, config):
+    """Give one attention module its new class and its gate."""
     weight = attention.q_proj.weight
+    # Weights that accelerate keeps elsewhere are on the meta device between calls; the gate is no burden on the CPU.
     offloaded = weight.device.type == "meta" and "_hf_hook" in vars(attention.q_proj)
     heads = attention.config.num_attention_heads
     attention.__class__ = infini_class

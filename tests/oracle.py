@@ -8,15 +8,19 @@ import copy
 import math
 
 import torch
-from torch.nn import functional as F
+
+
+def elu_plus_one(state):
+    """x + 1 above zero and exp(x) below."""
+    return torch.where(state > 0, state + 1, state.clamp(max=0).exp())
 
 
 def map_key(key, feature_map):
-    return F.elu(key) + 1 if feature_map == "elu" else key.clamp(max=8).exp()
+    return elu_plus_one(key) if feature_map == "elu" else key.clamp(max=8).exp()
 
 
 def map_query(query, feature_map):
-    return F.elu(query) + 1 if feature_map == "elu" else (query - query.max()).exp()
+    return elu_plus_one(query) if feature_map == "elu" else (query - query.max()).exp()
 
 
 def read(mapped, memory, norm):

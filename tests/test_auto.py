@@ -57,15 +57,10 @@ def test_device_map_with_offload_gives_the_same_logits(tmp_path, ids):
     whole = patch_model(build("llama"), PATCH)
     open_gates(whole, seed=1)
     whole.save_pretrained(tmp_path / "saved")
-    places = {
-        "model.embed_tokens": "cpu",
-        "model.rotary_emb": "cpu",
-        "model.layers.0": "cpu",
-        "model.layers.1": "disk",
-    }
+    on_cpu = ("model.embed_tokens", "model.rotary_emb", "model.layers.0", "model.norm", "lm_head")
     offloaded = AutoInfiniModelForCausalLM.from_pretrained(
         tmp_path / "saved",
-        device_map={**places, "model.norm": "cpu", "lm_head": "cpu"},
+        device_map={**dict.fromkeys(on_cpu, "cpu"), "model.layers.1": "disk"},
         offload_folder=tmp_path / "offload",
         attn_implementation="eager",
     ).eval()

@@ -5,12 +5,20 @@ import threading
 
 import pytest
 import torch
-from models import build, build_patched, open_gates, random_ids
+from models import build, build_patched, random_ids
 from reading import assert_close, assert_same_state, read, read_whole, state_of
 from torch.nn import functional as F
-from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerFast, TextStreamer, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TextStreamer,
+    pipeline,
+)
 
-from infini_hf import InfiniCache, InfiniConfig, generate, patch_model, prefill, score
+from infini_hf import InfiniCache, generate, prefill, score
 
 SEGMENT = 8
 BOUNDARIES = 3 * SEGMENT
@@ -85,7 +93,7 @@ def test_left_padded_batches_generate_what_each_row_does_alone(model, use_cache)
 
 @pytest.mark.parametrize("options", [{}, {"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}])
 def test_beams_equal_no_cache(model, options):
-    rows, ids, mask = left_padded([SEGMENT + 1, 2 * SEGMENT])
+    _, ids, mask = left_padded([SEGMENT + 1, 2 * SEGMENT])
     options = {"num_beams": 3, "max_new_tokens": BOUNDARIES, "do_sample": False, "attention_mask": mask, **options}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
 
@@ -187,12 +195,36 @@ def test_a_generated_pad_token_is_a_token_like_any_other(llama, eos):
     ids = random_ids(1, SEGMENT)
     free = llama.generate(ids, max_new_tokens=12, do_sample=False)
     pad = int(free[0, -1])
-    assert eos not in free[0, SEGMENT:]
+    assert eos not in free[0, SEGMENT:].tolist()
     cache = InfiniCache(llama.config)
     options = {} if eos is None else {"eos_token_id": eos}
     output = generate(llama, ids, cache=cache, max_new_tokens=12, do_sample=False, pad_token_id=pad, **options)
     assert torch.equal(output, free)
     assert cache.seen == (output.shape[1],)
+
+
+class StopsAfter(StoppingCriteria):
+    """Ends a row behind a token, which transformers then pads."""
+
+    def __init__(self, token):
+        self.token = token
+
+    def __call__(self, input_ids, scores, **kwargs):
+        return input_ids[:, -1] == self.token
+
+
+def test_a_row_that_another_criterion_ends_leaves_no_padding(llama):
+    """Such a row has no end-of-text token of its own; what follows its last token is padding all the same."""
+    ids, options = random_ids(2, SEGMENT), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2}
+    free = llama.generate(ids, **options)[:, SEGMENT:]
+    last = next(int(token) for token in free[0, 3:8] if token not in free[1])
+    said = int((free[0] == last).nonzero()[0]) + 1
+    cache = InfiniCache(llama.config)
+    options |= {"stopping_criteria": StoppingCriteriaList([StopsAfter(last)]), "pad_token_id": 0}
+    output = generate(llama, ids, cache=cache, **options)
+    assert torch.equal(output[0, SEGMENT : SEGMENT + said], free[0, :said])
+    assert not output[0, SEGMENT + said :].any()
+    assert cache.seen == (SEGMENT + said, SEGMENT + 12)
 
 
 def test_several_end_of_text_tokens(llama):

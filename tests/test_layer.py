@@ -66,6 +66,18 @@ def test_rows_of_a_batch_equal_the_oracle_with_and_without_a_cache(use_cache):
     assert_equals_oracle(model, random_ids(3, LENGTH), use_cache)
 
 
+@pytest.mark.parametrize("chunk", [1, 3, SEGMENT, SEGMENT + 3])
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_chunks_of_any_size_equal_the_oracle(family, chunk):
+    model = build_patched(family, **infini_options("delta", "elu", "sigmoid", (3, 2)))
+    ids = random_ids(1, LENGTH)
+    cache = InfiniCache(model.config)
+    with torch.no_grad():
+        parts = [model(piece, past_key_values=cache).logits[0] for piece in ids.split(chunk, dim=1)]
+        expected = Oracle(model).logits(ids[0])
+    assert relative_error(torch.cat(parts), expected) <= LOGIT_TOLERANCE
+
+
 @pytest.mark.parametrize("length", [SEGMENT - 1, SEGMENT, SEGMENT + 1, 2 * SEGMENT, 2 * SEGMENT + 1])
 def test_lengths_around_a_boundary_equal_the_oracle(length):
     model = build_patched("llama", **infini_options("delta", "elu", "sigmoid", (3, 2)))

@@ -195,7 +195,7 @@ def test_inputs_are_not_changed(rule, feature_map, function):
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-@pytest.mark.parametrize("norm", [0.0, 1e-45, 1e-38, 1e-30])
+@pytest.mark.parametrize("norm", [0.0, 1e-45, 1e-38, 1e-30, 2e-20, 1e-15])
 def test_empty_and_tiny_denominators_give_finite_values_and_gradients(norm, feature_map, dtype):
     """An empty memory returns exact zeros; whatever was written with tiny weights never blows up."""
     queries, keys, values = (tensor.requires_grad_() for tensor in draw_segment(dtype))
@@ -213,7 +213,7 @@ def test_empty_and_tiny_denominators_give_finite_values_and_gradients(norm, feat
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
-@pytest.mark.parametrize("size", [-1e4, -200.0, 200.0, 1e4])
+@pytest.mark.parametrize("size", [-1e4, -200.0, -40.0, -20.0, 200.0, 1e4])
 @pytest.mark.parametrize(("rule", "feature_map"), RULES_AND_MAPS)
 def test_extreme_keys_and_queries_give_finite_values_and_gradients(rule, feature_map, size, dtype):
     """ELU + 1 vanishes far below zero and exp overflows far above it; neither may reach the output as NaN or inf."""
@@ -236,6 +236,27 @@ def test_small_but_real_denominators_keep_their_quotient(feature_map, size):
     state = memory_math.update(keys, values, *memory_math.empty(keys), "linear", feature_map)
     retrieved = memory_math.retrieve(torch.zeros(1, 1, 1, DIM), *state, feature_map)
     assert_close(retrieved, values.double())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF])
+@pytest.mark.parametrize("shift", [-8.0, -20.0])
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_far_negative_queries_and_keys_keep_their_precision(feature_map, shift, dtype):
+    """ELU(x) + 1 is exp(x) there, which 1 - (1 - exp(x)) rounds away: a query would find nothing, a key leave none."""
+    queries, keys, values = draw_segment()
+    queries, keys = (queries + shift).to(dtype).requires_grad_(), (keys + shift).to(dtype)
+    state = draw_state()
+    retrieved = memory_math.retrieve(queries, *state, feature_map)
+    retrieved.sum().backward()
+    wide = queries.detach().double().requires_grad_()
+    expected = naive_retrieve(wide, *state, feature_map)
+    expected.sum().backward()
+    assert_close(retrieved.detach(), expected.detach())
+    assert_close(queries.grad, wide.grad, max(1e-4, torch.finfo(dtype).eps))
+    added = memory_math.update(keys, values, *memory_math.empty(keys), "linear", feature_map)
+    written = naive_update(keys, values, *memory_math.empty(keys), "linear", feature_map)
+    for actual, wanted in zip(added, written, strict=True):
+        assert_close(actual, wanted)
 
 
 @pytest.mark.parametrize("dtype", HALF)

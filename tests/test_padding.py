@@ -151,7 +151,7 @@ def test_a_call_of_nothing_but_padding_leaves_the_state_alone():
 def test_rows_never_mix(family, padded, carry):
     """Other tokens in row 0 leave row 1 bit-equal, in the logits and in the state."""
     model = build_patched(family, segment_length=SEGMENT, memory_update="delta", **carry)
-    rows, ids, mask = ragged("left", (29, 25))
+    _, ids, mask = ragged("left", (29, 25))
     if not padded:
         ids, mask = random_ids(2, 29), None
     other = ids.clone()
@@ -200,7 +200,7 @@ def test_gradients_of_a_padded_batch_are_the_sum_of_the_rows_alone(side, rule, c
 
 def test_a_mask_of_the_call_and_of_the_whole_stream_mean_the_same():
     model = build_patched(segment_length=SEGMENT)
-    rows, ids, mask = ragged("left", (29, 17))
+    _, ids, mask = ragged("left", (29, 17))
     expected, _ = read(model, ids, [12, ids.shape[1] - 12], mask)
     cache = InfiniCache(model.config)
     read(model, ids[:, :12], mask=mask[:, :12], cache=cache)

@@ -69,7 +69,7 @@ def read(
 
 
 def choose_patch(model, asked):
-    """The options for a fresh memory: `None`, which means its own, for a patched checkpoint, else the ones asked for."""
+    """The options for a fresh memory: `None` for a patched checkpoint, which has its own, else the ones asked for."""
     config = AutoConfig.from_pretrained(resolve(model))
     if "infini_attention" in vars(config):
         return None
