@@ -11,7 +11,6 @@ Query head `h` reads the memory of KV head `h // (num_heads // num_kv_heads)`, a
 """
 
 import torch
-from torch.nn import functional as F
 
 # Below this a denominator stands for "nothing was written here": the quotient then goes to 0 instead of NaN or inf.
 SMALLEST_NORM = 1e-20
@@ -31,7 +30,8 @@ def map_keys(keys, feature_map="elu"):
     """
     keys = keys.float()
     if feature_map == "elu":
-        return F.elu(keys) + 1.0
+        # ELU(x) + 1 term by term: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero.
+        return torch.where(keys > 0, keys + 1.0, keys.clamp(max=0.0).exp())
     if feature_map == "exp":
         return keys.clamp(max=LARGEST_EXPONENT).exp()
     raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")

@@ -4,17 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-# Before anything imports transformers, which reads it once.
-os.environ["HF_HUB_OFFLINE"] = "1"
+# Before anything imports transformers, which reads it once; HF_HUB_OFFLINE=0 outside is for the tests marked `hub`.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # The helpers beside the tests (models, oracle) are imported by name.
 sys.path.insert(0, str(Path(__file__).parent))
 
 import pytest
 import torch
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes more than five seconds")
 
 
 def pytest_sessionstart(session):

@@ -104,7 +104,7 @@ def test_unknown_keys_are_refused_with_both_versions():
 
 
 def test_a_bad_value_in_a_dict_is_refused_too():
-    with pytest.raises(ValueError, match="^overlap=9: must be at most segment_length=8$"):
+    with pytest.raises(ValueError, match=r"^overlap=9: must be at most segment_length=8$"):
         InfiniConfig.from_dict({"segment_length": 8, "overlap": 9})
 
 

@@ -189,18 +189,17 @@ def test_afterwards_the_cache_holds_every_returned_token_and_no_padding(llama, p
         assert_same_state(cache, prefill(llama, text, progress=False), row=number, expected_row=0)
 
 
-@pytest.mark.parametrize("eos", [None, 2], ids=["no end-of-text token", "an end-of-text token that nobody says"])
-def test_a_generated_pad_token_is_a_token_like_any_other(llama, eos):
+@pytest.mark.parametrize("has_eos", [False, True], ids=["no end-of-text token", "one that nobody says"])
+def test_a_generated_pad_token_is_a_token_like_any_other(llama, has_eos):
     """Where no row has finished there is no padding, whatever ids were generated last."""
     ids = random_ids(1, SEGMENT)
     free = llama.generate(ids, max_new_tokens=12, do_sample=False)
-    pad = int(free[0, -1])
-    assert eos not in free[0, SEGMENT:].tolist()
+    options = {"max_new_tokens": 12, "do_sample": False, "pad_token_id": int(free[0, -1])}
+    if has_eos:
+        options["eos_token_id"] = min(set(range(97)) - set(free[0].tolist()))
     cache = InfiniCache(llama.config)
-    options = {} if eos is None else {"eos_token_id": eos}
-    output = generate(llama, ids, cache=cache, max_new_tokens=12, do_sample=False, pad_token_id=pad, **options)
-    assert torch.equal(output, free)
-    assert cache.seen == (output.shape[1],)
+    assert torch.equal(generate(llama, ids, cache=cache, **options), free)
+    assert cache.seen == (free.shape[1],)
 
 
 class StopsAfter(StoppingCriteria):
@@ -215,8 +214,9 @@ class StopsAfter(StoppingCriteria):
 
 def test_a_row_that_another_criterion_ends_leaves_no_padding(llama):
     """Such a row has no end-of-text token of its own; what follows its last token is padding all the same."""
-    ids, options = random_ids(2, SEGMENT), {"max_new_tokens": 12, "do_sample": False, "eos_token_id": 2}
+    ids, options = random_ids(2, SEGMENT), {"max_new_tokens": 12, "do_sample": False}
     free = llama.generate(ids, **options)[:, SEGMENT:]
+    options["eos_token_id"] = min(set(range(1, 97)) - set(free.flatten().tolist()))
     last = next(int(token) for token in free[0, 3:8] if token not in free[1])
     said = int((free[0] == last).nonzero()[0]) + 1
     cache = InfiniCache(llama.config)
@@ -496,6 +496,26 @@ def test_generate_without_a_token_is_refused(llama, ids):
         generate(llama, ids, cache=prefill(llama, random_ids(1, 9), progress=False))
 
 
+def test_generation_from_a_cache_without_using_it_is_refused(llama):
+    """Every step would read the whole text again into the cache: wrong tokens without a word."""
+    ids = random_ids(1, 9)
+    with pytest.raises(ValueError, match="use_cache"):
+        generate(llama, ids, use_cache=False, max_new_tokens=3)
+    with pytest.raises(ValueError, match="use_cache"):
+        llama.generate(ids, past_key_values=InfiniCache(llama.config), use_cache=False, max_new_tokens=3)
+
+
+def test_a_config_that_training_left_without_cache_does_not_matter(llama):
+    """`Trainer` sets `use_cache` to false and saves it; generating from a cache goes on all the same."""
+    ids, options = random_ids(2, 2 * SEGMENT + 3), {"max_new_tokens": BOUNDARIES, "do_sample": False}
+    expected = generate(llama, ids, **options)
+    llama.config.use_cache = llama.generation_config.use_cache = False
+    cache = prefill(llama, ids[:, :-2], progress=False)
+    assert torch.equal(generate(llama, ids, **options), expected)
+    assert torch.equal(generate(llama, ids[:, -2:], cache=cache, **options), expected[:, ids.shape[1] - 2 :])
+    assert cache.seen == (expected.shape[1],) * 2
+
+
 def test_two_caches_at_once_are_refused(llama):
     cache = InfiniCache(llama.config)
     with pytest.raises(ValueError, match="past_key_values beside cache"):
@@ -630,24 +650,26 @@ def test_row_operations_on_a_fresh_cache_do_nothing(llama):
 
 
 def test_offload_and_prefetch_move_every_tensor(llama):
+    """The meta device stands in for an accelerator: tensors go there, and none stays behind."""
     cache = prefill(llama, random_ids(2, 19), progress=False)
     before = {name: tensor.clone() for name, tensor in state_of(cache)}
-    layer = cache.layers[0]
-    layer.map_tensors(lambda tensor: tensor.to("meta"))
-    layer.device = torch.device("meta")
-    assert all(tensor.device.type == "meta" for name, tensor in state_of(cache) if "layer 0" in name)
-    cache = prefill(llama, random_ids(2, 19), progress=False)
-    layer = cache.layers[0]
-    layer.device = torch.device("meta")
-    layer.prefetch()
-    moved = [tensor.device.type for name, tensor in state_of(cache) if "layer 0" in name]
-    assert moved == ["meta"] * 4
-    layer = cache.layers[1]
-    layer.offload()
-    layer.prefetch()
+    away, back = cache.layers[0], cache.layers[1]
+    away.device = torch.device("meta")
+    away.prefetch()
+    back.offload()
+    back.prefetch()
     for name, tensor in state_of(cache):
-        if "layer 1" in name:
+        if name.startswith("layer 0"):
+            assert tensor.device.type == "meta", name
+        else:
             assert torch.equal(tensor, before[name]), name
+
+
+def test_an_offloaded_cache_changes_nothing(llama):
+    ids = random_ids(2, SEGMENT + 1)
+    expected = llama.generate(ids, max_new_tokens=BOUNDARIES, do_sample=False)
+    offloaded = llama.generate(ids, max_new_tokens=BOUNDARIES, do_sample=False, cache_implementation="offloaded")
+    assert torch.equal(offloaded, expected)
 
 
 def test_reset_forgets_everything(model):

@@ -144,6 +144,7 @@ def test_backends_agree_with_eager(family, attention):
     assert_backends_agree(eager, other, TOLERANCE)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not is_flash_attn_2_available(), reason="flash-attn or a GPU for it is missing")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_flash_attention_agrees_with_eager(family):

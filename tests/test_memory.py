@@ -303,7 +303,7 @@ def test_the_key_of_exp_is_clamped_and_its_queries_scale_cancels():
 
 def test_unknown_names_are_refused():
     _, keys, values = draw_segment()
-    with pytest.raises(ValueError, match="^feature_map='relu': must be one of 'elu', 'exp'$"):
+    with pytest.raises(ValueError, match=r"^feature_map='relu': must be one of 'elu', 'exp'$"):
         memory_math.map_keys(keys, "relu")
-    with pytest.raises(ValueError, match="^memory_update='hebb': must be one of 'linear', 'delta'$"):
+    with pytest.raises(ValueError, match=r"^memory_update='hebb': must be one of 'linear', 'delta'$"):
         memory_math.update(keys, values, *memory_math.empty(keys), "hebb")
