@@ -115,6 +115,10 @@ class InfiniLayer(CacheLayerMixin):
         else:
             self.seen = tuple(self.seen[row] for row in index.tolist())
         self.map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        # The rows left may all hold less than the widest of the rows before.
+        widest = max(map(self.infini_config.window_length, self.seen), default=0)
+        spare = self.keys.shape[2] - widest
+        self.keys, self.values = self.keys[:, :, spare:], self.values[:, :, spare:]
 
     def reorder_cache(self, beam_idx):
         self._select_rows(beam_idx)
@@ -156,7 +160,8 @@ class InfiniCache(Cache):
         layers = DynamicCache(config=config).layers
         for index in patched:
             layers[index] = InfiniLayer(self.infini_config)
-        super().__init__(layers=layers, offloading=offloading)
+        # On the CPU there is nowhere to offload to.
+        super().__init__(layers=layers, offloading=offloading and torch.cuda.is_available())
         # Padding of the columns that stock layers still hold, `(batch, columns)` bool; `None` while there was none.
         self.padding = None
         # Columns read before `generate` was entered, which must not learn of them (see `hide_past`).
@@ -213,7 +218,6 @@ class InfiniCache(Cache):
     def fetch(self, layer_idx):
         """The state of a layer, on its device; the next layer's transfer is started when the cache is offloaded."""
         layer = self.layers[layer_idx]
-        # On the CPU there is nowhere to offload to.
         if self.offloading and layer.is_initialized and layer.device.type != "cpu":
             torch.cuda.default_stream(layer.device).wait_stream(self.prefetch_stream)
             layer.prefetch()
@@ -237,6 +241,7 @@ class InfiniCache(Cache):
         """Forget everything; the object stays."""
         super().reset()
         self.padding = self.reader = None
+        self.notes = {}
 
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)

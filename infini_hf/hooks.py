@@ -57,7 +57,7 @@ def resolve_cache(decoder, kwargs, batch):
         use_cache = kwargs.get("use_cache")
         use_cache = decoder.config.use_cache if use_cache is None else use_cache
         if checkpointing:
-            # What stock layers do with one warning a layer; a memory across calls needs InfiniTrainer.
+            # What stock layers do anyway, each with a warning: they keep no state under checkpointing.
             kwargs["use_cache"] = use_cache = False
         return InfiniCache(decoder.config) if use_cache else None
     if not isinstance(cache, InfiniCache):
@@ -68,8 +68,8 @@ def resolve_cache(decoder, kwargs, batch):
     if checkpointing:
         raise ValueError(
             "an InfiniCache was passed while training under activation checkpointing, where layers drop it and the "
-            "memory would never carry: turn checkpointing off (model.gradient_checkpointing_disable()), pass no cache "
-            "(the memory then carries inside the call), or train with InfiniTrainer"
+            "memory would never carry: turn checkpointing off (model.gradient_checkpointing_disable()), or pass no "
+            "cache (the memory then carries inside the call)"
         )
     if cache.infini_config != infini_config_of(decoder.config):
         raise ValueError(
@@ -145,7 +145,7 @@ def window_tables(decoder, config, tokens, cache):
     if cache is not None and cache.rope is not None and cache.rope[0] == key:
         return cache.rope[1]
     layer_type = ("full_attention",) if family_of(decoder.config).rope_by_layer_type else ()
-    # Outside inference mode, so that a cache filled there can be trained from.
+    # Outside inference mode, whose tensors no later backward pass could use.
     with torch.inference_mode(False), torch.no_grad():
         like = torch.empty(0, dtype=dtype, device=tokens.device)
         positions = torch.arange(config.longest_window, device=tokens.device)[None]

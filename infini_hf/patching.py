@@ -60,6 +60,11 @@ def patch_model(model, config=None):
     if is_patched(model):
         raise ValueError(f"this {type(model).__name__} is patched already: call unpatch_model(model) first")
     family = family_of(model.config)
+    if "infini_attention" in vars(model.config):
+        logger.warning(
+            "the config says that this checkpoint was patched before: its gates were dropped when it was loaded as a "
+            "stock model, and now start at zero; AutoInfiniModelForCausalLM.from_pretrained loads them"
+        )
     layers = choose_layers(model, config)
     decoder = model.get_decoder()
     attentions = [decoder.layers[index].self_attn for index in layers]
@@ -218,7 +223,7 @@ def prepare_cache_for_generation(self, generation_config, model_kwargs, *args, *
     """What `generate` calls for its cache: an [`InfiniCache`] in place of a stock one.
 
     Raises:
-        ValueError: for a stock cache, or a `cache_implementation` that would make one.
+        ValueError: for a stock cache, a `cache_implementation` that would make one, or a cache with `use_cache=False`.
         NotImplementedError: for assisted decoding, which takes tokens back.
     """
     cache = model_kwargs.get("past_key_values")
@@ -226,6 +231,11 @@ def prepare_cache_for_generation(self, generation_config, model_kwargs, *args, *
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}, and a patched model needs an InfiniCache: pass "
             "infini_hf.InfiniCache(model.config), or unpatch the model"
+        )
+    if cache is not None and generation_config.use_cache is False:
+        raise ValueError(
+            "use_cache=False beside past_key_values: every step would read the whole text into the cache again; leave "
+            "one of them out"
         )
     kind = generation_config.cache_implementation
     if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded"):

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import weakref
 from pathlib import Path
 
 import torch
@@ -34,7 +35,7 @@ def save_snapshot(cache, directory):
         directory (`str` or `Path`): made if it is not there.
 
     Raises:
-        ValueError: when the cache is empty or was interrupted in the middle of a forward, or its model is gone.
+        ValueError: when the cache is empty, holds NaN, was interrupted inside a forward, or its model is gone.
     """
     cache.check_whole()
     if not cache.seen:
@@ -43,6 +44,7 @@ def save_snapshot(cache, directory):
     if decoder is None:
         raise ValueError("the model that filled this cache is gone: save the snapshot while the model is alive")
     tensors = collect_tensors(cache)
+    check_finite(tensors, "the cache")
     metadata = {
         "format": FORMAT,
         "version": __version__,
@@ -51,8 +53,8 @@ def save_snapshot(cache, directory):
         "columns": json.dumps(cache.columns),
         "lengths": json.dumps({index: layer.get_seq_length() for index, layer in cache.stock_layers.items()}),
         "notes": json.dumps(cache.notes),
-        "checksum": checksum(tensors),
     }
+    metadata["checksum"] = checksum(tensors, metadata)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     partial = directory / f".{FILE_NAME}.{os.getpid()}"
@@ -83,15 +85,20 @@ def load_snapshot(cache, directory, model):
     tensors, metadata = read_file(path)
     decoder = model.get_decoder()
     check_fingerprint(path, json.loads(metadata["fingerprint"]), fingerprint(decoder))
-    if checksum(tensors) != metadata["checksum"]:
+    if checksum(tensors, metadata) != metadata["checksum"]:
         raise ValueError(
             f"{path}: the contents do not match their checksum, so the file is damaged: read the text again"
         )
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity: the memory is spoilt, read the text again")
+    check_finite(tensors, path)
     fill(cache, tensors, metadata, decoder)
     return cache
+
+
+def check_finite(tensors, place):
+    """Raise when a memory is spoilt, before it is kept or used."""
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ValueError(f"{place}: {name} holds NaN or infinity: the memory is spoilt, read the text again")
 
 
 def read_patch(directory):
@@ -129,6 +136,9 @@ def read_file(path):
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no memory snapshot of this format ({metadata.get('format')!r}, not {FORMAT!r})")
+    absent = sorted({"fingerprint", "seen", "columns", "lengths", "notes", "checksum"} - metadata.keys())
+    if absent:
+        raise ValueError(f"{path}: lacks {absent}, so it is damaged: read the text again")
     return tensors, metadata
 
 
@@ -149,6 +159,7 @@ def fill(cache, tensors, metadata, decoder):
             layer.cumulative_length = lengths[index]
     cache.padding = tensors["padding"].to(decoder.device) if "padding" in tensors else None
     cache.notes = json.loads(metadata["notes"])
+    cache.reader = weakref.ref(decoder)
 
 
 def layer_device(layer):
@@ -217,9 +228,11 @@ def digest_tensor(tensor):
     return total % 2**64
 
 
-def checksum(tensors):
+def checksum(tensors, metadata):
     """SHA-256 of all tensors in name order."""
     total = hashlib.sha256()
+    for name in sorted(metadata.keys() - {"checksum"}):
+        total.update(f"{name}={metadata[name]}\n".encode())
     for name in sorted(tensors):
         total.update(name.encode())
         total.update(tensors[name].flatten().view(torch.uint8).numpy())

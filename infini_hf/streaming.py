@@ -234,6 +234,9 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         )
     if kwargs.get("past_key_values") is not None:
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
+    if kwargs.get("use_cache") is False:
+        raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")
+    kwargs["use_cache"] = True
     refuse_rollback(kwargs)
     device = inner.device
     ids = ids.to(device)
@@ -248,10 +251,13 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     returned = sequences.shape[0] // ids.shape[0]
-    if cache.seen and returned > 1:
-        cache.batch_repeat_interleave(returned)
     kept = torch.cat([mask.repeat_interleave(returned, 0), options.real_tokens(sequences[:, ids.shape[1] :])], dim=1)
-    prefill(model, sequences, attention_mask=kept, cache=cache, progress=False)
+    # On another copy, so that an interruption leaves the caller's cache before the turn, not in its middle.
+    after = copy.copy(cache)
+    if cache.seen and returned > 1:
+        after.batch_repeat_interleave(returned)
+    prefill(model, sequences, attention_mask=kept, cache=after, progress=False)
+    cache.restore(after)
     if not isinstance(output, torch.Tensor):
         output.past_key_values = cache
     return output
@@ -273,9 +279,10 @@ class GenerationOptions:
         defaults = [kwargs.get("generation_config"), inner.generation_config]
         self.lookup = [kwargs, *(config.to_dict() for config in defaults if config is not None)]
         eos = self._get("eos_token_id")
-        self.eos = [] if eos is None else list(eos) if isinstance(eos, (list, tuple)) else [int(eos)]
+        self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         pad = self._get("pad_token_id")
         self.pad = pad if pad is not None else self.eos[0] if self.eos else None
+        self.stops_otherwise = any(self._get(name) for name in ("stop_strings", "stopping_criteria"))
         self.rows_per_input = max(self._get("num_beams") or 1, self._get("num_return_sequences") or 1)
 
     def _get(self, name):
@@ -283,12 +290,12 @@ class GenerationOptions:
 
     def real_tokens(self, generated):
         """`(batch, new)` int64: 1 at tokens that a row generated, 0 at the padding after it finished."""
-        if self.pad is None:
+        # Without an end-of-text token transformers pads nothing.
+        if not self.eos:
             return torch.ones_like(generated)
-        is_padding = (generated == self.pad).long()
-        run = is_padding.flip(1).cumprod(1).flip(1)
-        if self.pad in self.eos:
-            # The first of the run is the end-of-text token itself.
-            first = run - F.pad(run, (1, 0))[:, :-1]
-            run = run - first.clamp_min(0)
-        return 1 - run
+        ends = torch.isin(generated, torch.tensor(self.eos, device=generated.device)).long()
+        real = F.pad(ends, (1, 0))[:, :-1].cumsum(1) == 0
+        if self.stops_otherwise and self.pad is not None:
+            padding = (generated == self.pad).long().flip(1).cumprod(1).flip(1).bool()
+            real = real & ~(padding & (ends.sum(1, keepdim=True) == 0))
+        return real.long()

@@ -1,16 +1,19 @@
 """Pretrain the small stock Llama that the package ships, on a folder of novels, with the stock Trainer.
 
-    python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_base.yaml --train_folder NOVELS/train
+    python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_1_text.yaml --train_folder NOVELS/train
+    python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_2_copy.yaml --train_folder NOVELS/train
+    python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_3_recall.yaml --train_folder NOVELS/train
 
-It resumes from the last checkpoint in `--output_dir`, and leaves the bfloat16 model and its tokenizer in
-`OUTPUT_DIR/final`. Run `scripts/evaluate_base.py` on that for the model card.
+Three stages, because a model this small does not learn to copy from long rows: text, then short rows with one fact to
+copy, then the full mix. Each resumes from the last checkpoint in its `output_dir`, and leaves the bfloat16 model and
+its tokenizer in `OUTPUT_DIR/final`. Run `scripts/evaluate_base.py` on the last one for the model card.
 """
 
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 from infini_hf.cli.arguments import parse_arguments
@@ -19,10 +22,13 @@ from infini_hf.data.base_rows import BaseRows, read_texts, train_tokenizer
 
 @dataclass
 class BaseArguments:
-    """The data and the shape of the model."""
+    """The data, the model to start from, or the shape of a new one."""
 
     train_folder: str = field(metadata={"help": "folder of plain-text novels"})
-    row_length: int = field(default=640, metadata={"help": "tokens in a row, the positions the model is trained on"})
+    model: str | None = field(default=None, metadata={"help": "checkpoint to go on from; a new model without it"})
+    row_length: int = field(default=640, metadata={"help": "tokens in a row"})
+    max_position_embeddings: int = field(default=640, metadata={"help": "positions that the config promises"})
+    simple_recall: bool = field(default=False, metadata={"help": "only one short fact in each recall document"})
     recall_fraction: float = field(default=0.25, metadata={"help": "share of in-context recall rows"})
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -43,7 +49,7 @@ def build_model(args, tokenizer):
         num_attention_heads=args.num_attention_heads,
         num_key_value_heads=args.num_key_value_heads,
         head_dim=args.head_dim,
-        max_position_embeddings=args.row_length,
+        max_position_embeddings=args.max_position_embeddings,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -58,10 +64,16 @@ def main():
         torch.set_num_threads(args.threads)
     set_seed(training_args.seed)
     texts = read_texts(args.train_folder)
-    tokenizer = train_tokenizer(texts, args.vocab_size)
+    if args.model:
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model = LlamaForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    else:
+        tokenizer = train_tokenizer(texts, args.vocab_size)
+        model = build_model(args, tokenizer)
     steps_rows = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps
-    rows = BaseRows(texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, training_args.seed)
-    model = build_model(args, tokenizer)
+    rows = BaseRows(
+        texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, args.simple_recall, training_args.seed
+    )
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, processing_class=tokenizer)
     Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
     trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))

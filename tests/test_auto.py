@@ -78,6 +78,21 @@ def test_stock_loading_of_a_patched_checkpoint_gives_the_base_model(tmp_path, id
     assert torch.equal(stock(ids).logits, expected)
 
 
+def test_patching_a_stock_loaded_patched_checkpoint_says_that_its_gates_are_gone(tmp_path, caplog):
+    patch_model(build("llama"), PATCH).save_pretrained(tmp_path)
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        patch_model(stock, PATCH)
+    assert "its gates were dropped" in caplog.text
+
+
+def test_loading_prints_no_report_of_gates_and_no_other_warning(tmp_path, caplog):
+    patch_model(build("llama"), PATCH).save_pretrained(tmp_path)
+    with caplog.at_level(logging.WARNING):
+        AutoInfiniModelForCausalLM.from_pretrained(tmp_path)
+    assert caplog.text == ""
+
+
 def test_other_options_than_the_checkpoints_are_used_and_said(tmp_path, caplog):
     patch_model(build("llama"), PATCH).save_pretrained(tmp_path)
     other = InfiniConfig(segment_length=8)

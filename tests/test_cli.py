@@ -115,6 +115,13 @@ def test_another_file_is_refused_while_one_is_unfinished(run, book, memory, tmp_
         run("read", "tiny-llama", other, "--memory", memory, *EXACT)
 
 
+def test_other_options_than_those_of_the_memory_are_refused(run, book, memory):
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
+    assert run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT).exit_code == 0
+    with pytest.raises(ValueError, match="overlap=8: the memory was begun with 16"):
+        run("read", "tiny-llama", book, "--memory", memory, "--overlap", "8", *EXACT)
+
+
 def test_segments_fit_the_positions_of_the_checkpoint_by_default(run, book, memory):
     run("read", "tiny-llama", book, "--memory", memory, *EXACT)
     assert read_patch(memory).segment_length == 640

@@ -21,12 +21,15 @@ def read(
     files: Annotated[list[Path], typer.Argument(help="Text files, UTF-8, read in this order.", exists=True)],
     memory: Annotated[Path, MEMORY],
     segment_length: int = typer.Option(
-        0, help="Tokens in a segment, for a checkpoint that is not patched yet; 0: 2048, or what its positions leave."
+        None,
+        help="Tokens in a segment, for a stock checkpoint; by default 2048, or what its positions leave.",
     ),
-    overlap: int = typer.Option(0, help="Tokens of the previous segment that stay visible, likewise."),
-    sink_tokens: int = typer.Option(0, help="First tokens that stay visible, likewise."),
-    memory_update: str = typer.Option("linear", help="linear or delta, likewise."),
-    feature_map: str = typer.Option("elu", help="elu or exp, likewise."),
+    overlap: int = typer.Option(
+        None, help="Tokens of the previous segment that stay visible, likewise; by default 0."
+    ),
+    sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise; by default 0."),
+    memory_update: str = typer.Option(None, help="linear (default) or delta, likewise."),
+    feature_map: str = typer.Option(None, help="elu (default) or exp, likewise."),
     chunk_size: int = typer.Option(8192, help="Tokens in one forward: speed and peak memory only."),
     save_every: int = typer.Option(262_144, help="Tokens between two writes of the snapshot."),
     dtype: str = DTYPE,
@@ -47,16 +50,21 @@ def read(
         "memory_update": memory_update,
         "feature_map": feature_map,
     }
-    patch = read_patch(memory) if resume else choose_patch(model, asked)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    patch = choose_patch(model, asked, read_patch(memory) if resume else None)
     language_model, tokenizer = load(model, patch, dtype, device, threads)
     cache = InfiniCache.from_pretrained(memory, model=language_model) if resume else InfiniCache(language_model.config)
     records = cache.notes.setdefault("files", [])
     for file, text in zip(files, texts, strict=True):
         record = find_record(records, file, text)
         ids = encode(tokenizer, text, first=record is records[0])
+        start = tokens_in(cache) - record["tokens"]
         try:
             read_file(language_model, ids, cache, record, memory, chunk_size, save_every)
         except KeyboardInterrupt:
+            # The cache knows what was read, wherever the interruption fell.
+            record["tokens"] = tokens_in(cache) - start
+            record["done"] = record["tokens"] == ids.shape[1]
             if cache.seen:
                 cache.save_pretrained(memory)
             typer.echo(
@@ -68,16 +76,29 @@ def read(
     )
 
 
-def choose_patch(model, asked):
-    """The options for a fresh memory: `None` for a patched checkpoint, which has its own, else the ones asked for."""
+def choose_patch(model, asked, snapshot):
+    """The options of the snapshot to go on with, else those of a patched checkpoint, else the ones asked for.
+
+    Raises:
+        ValueError: when an option asked for is not that of the snapshot or the checkpoint.
+    """
     config = AutoConfig.from_pretrained(resolve(model))
-    if "infini_attention" in vars(config):
-        return None
-    if not asked["segment_length"]:
+    stored = vars(config).get("infini_attention")
+    settled = snapshot if snapshot is not None or stored is None else InfiniConfig.from_dict(stored)
+    if settled is None:
         # A window beyond the trained positions would spoil the text.
-        room = config.max_position_embeddings - asked["overlap"] - asked["sink_tokens"]
-        asked = {**asked, "segment_length": max(1, min(InfiniConfig().segment_length, room))}
-    return InfiniConfig(**asked)
+        room = config.max_position_embeddings - asked.get("overlap", 0) - asked.get("sink_tokens", 0)
+        return InfiniConfig(**{"segment_length": max(1, min(InfiniConfig().segment_length, room)), **asked})
+    for name, value in asked.items():
+        if getattr(settled, name) != value:
+            owner = "the memory was begun" if snapshot is not None else "the checkpoint was trained"
+            raise ValueError(f"{name}={value}: {owner} with {getattr(settled, name)}; leave the option out")
+    return settled
+
+
+def tokens_in(cache):
+    """Tokens that the one row of a cache has read."""
+    return cache.seen[0] if cache.seen else 0
 
 
 def find_record(records, file, text):

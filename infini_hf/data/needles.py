@@ -110,20 +110,22 @@ def hide(facts, filler, depths, joiner=" "):
     return joiner.join(piece for piece in pieces if piece)
 
 
-def draw_facts(rng, count, split="train"):
+def draw_facts(rng, count, split="train", most_digits=7):
     """`count` facts of one random kind; several facts carry distinct names and values."""
     kind = "passkey" if count == 1 and rng.random() < 0.5 else str(rng.choice(["key", "word"]))
     if kind == "passkey":
-        return [passkey_fact(draw_key(rng, int(rng.integers(5, 8)), split))]
+        return [passkey_fact(draw_key(rng, int(rng.integers(5, most_digits + 1)), split))]
     names = rng.choice(NAMES, count, replace=False)
     if kind == "key":
-        return [named_key_fact(name, draw_key(rng, int(rng.integers(5, 8)), split)) for name in names]
+        return [named_key_fact(name, draw_key(rng, int(rng.integers(5, most_digits + 1)), split)) for name in names]
     return [
         named_word_fact(name, word) for name, word in zip(names, rng.choice(WORDS, count, replace=False), strict=True)
     ]
 
 
-def recall_document(rng, text, characters, grass_fraction=0.3, repeat_fraction=0.1, split="train"):
+def recall_document(
+    rng, text, characters, grass_fraction=0.3, repeat_fraction=0.1, split="train", most_facts=6, most_digits=7
+):
     """A document of about `characters` characters that can only be predicted by recalling its own beginning.
 
     Args:
@@ -133,13 +135,15 @@ def recall_document(rng, text, characters, grass_fraction=0.3, repeat_fraction=0
         grass_fraction (`float`, *optional*, defaults to `0.3`): share of documents in the benchmark's filler.
         repeat_fraction (`float`, *optional*, defaults to `0.1`): share of documents that quote a passage twice.
         split (`str`, *optional*, defaults to `"train"`): the part of the keys to draw from.
+        most_facts (`int`, *optional*, defaults to `6`): the most facts in a document; short ones hold fewer.
+        most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
     """
     if rng.random() < repeat_fraction:
         passage = text_slice(rng, text, max(40, int(characters * rng.uniform(0.2, 0.45))))
         filler = text_slice(rng, text, max(0, characters - 2 * len(passage)))
         return "\n\n".join(part for part in (passage, filler, passage) if part)
-    most = max(1, min(6, characters // 250))
-    facts = draw_facts(rng, int(rng.integers(1, most + 1)), split)
+    most = max(1, min(most_facts, characters // 250))
+    facts = draw_facts(rng, int(rng.integers(1, most + 1)), split, most_digits)
     asked = [facts[i] for i in rng.permutation(len(facts))[: int(rng.integers(1, len(facts) + 1))]]
     fixed = sum(len(fact.statement) + 2 for fact in facts) + sum(len(f.prompt) + len(f.answer) + 3 for f in asked)
     room = max(0, characters - fixed)
