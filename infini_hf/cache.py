@@ -162,6 +162,8 @@ class InfiniCache(Cache):
             layers[index] = InfiniLayer(self.infini_config)
         # On the CPU there is nowhere to offload to.
         super().__init__(layers=layers, offloading=offloading and torch.cuda.is_available())
+        # Stock layers as they begin: their own reset zeroes tensors that a copy may share.
+        self.fresh = {index: copy.copy(layer) for index, layer in self.stock_layers.items()}
         # Padding of the columns that stock layers still hold, `(batch, columns)` bool; `None` while there was none.
         self.padding = None
         # Columns read before `generate` was entered, which must not learn of them (see `hide_past`).
@@ -239,7 +241,10 @@ class InfiniCache(Cache):
 
     def reset(self):
         """Forget everything; the object stays."""
-        super().reset()
+        for layer in self.infini_layers.values():
+            layer.reset()
+        for index, layer in self.fresh.items():
+            self.layers[index] = copy.copy(layer)
         self.padding = self.reader = None
         self.notes = {}
 

@@ -108,8 +108,10 @@ def decode_rows(args):
 
 @torch.no_grad()
 def memory_rows(args):
-    """Resident memory of the process while one stream is read."""
+    """Resident memory of the process while one stream is read, after another that the allocator settles on."""
     model = patch_model(build(1, 128, args.segment), InfiniConfig(args.segment))
+    for _ in range(8):
+        prefill(model, torch.randint(0, 4096, (1, 8192)), progress=False)
     cache, process, rows, first = InfiniCache(model.config), psutil.Process(), [], None
     marks = [mark for mark in (16_384, 65_536, 262_144, 1_048_576) if mark <= args.memory_tokens]
     highest = 0

@@ -360,7 +360,7 @@ def test_activation_checkpointing_gives_the_same_loss_and_gradients(family, rule
     ids, results = random_ids(2, 30), []
     for checkpointing in (False, True):
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable()
         model.zero_grad()
         output = model(ids, labels=ids, use_cache=True)
         loss = output.loss
