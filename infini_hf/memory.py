@@ -30,8 +30,8 @@ def map_keys(keys, feature_map="elu"):
     """
     keys = keys.float()
     if feature_map == "elu":
-        # ELU(x) + 1 term by term: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero.
-        return torch.where(keys > 0, keys + 1.0, keys.clamp(max=0.0).exp())
+        # x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero.
+        return torch.relu(keys) + keys.clamp(max=0.0).exp()
     if feature_map == "exp":
         return keys.clamp(max=LARGEST_EXPONENT).exp()
     raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")
