@@ -11,8 +11,8 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .cache import InfiniLayer
 from .config import InfiniConfig
+from .layer_state import InfiniLayer
 from .version import __version__
 
 FILE_NAME = "memory.safetensors"

@@ -1,13 +1,13 @@
 """Reading without end: `prefill`, `generate` and `score` push a stream through a patched model chunk by chunk."""
 
 import copy
-import itertools
 
 import torch
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .cache import InfiniCache
+from .inputs import as_batch, check_mask, check_size, stream_chunks
 from .patching import patched_decoder
 
 # Seconds before a progress bar shows: short calls stay quiet.
@@ -29,83 +29,6 @@ def require_patched(model):
             f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first"
         )
     return inner
-
-
-def as_batch(ids, vocabulary):
-    """One piece of input as a `(batch, seq_len)` int64 tensor.
-
-    Raises:
-        TypeError: when it holds no token ids.
-        ValueError: when an id is outside the vocabulary, or rows differ in length.
-    """
-    if not isinstance(ids, torch.Tensor):
-        try:
-            ids = torch.tensor(ids)
-        except (TypeError, ValueError) as error:
-            raise TypeError(
-                f"ids of type {type(ids).__name__}: pass token ids, as a tensor or a list ({error})"
-            ) from error
-        ids = ids.long() if ids.numel() == 0 else ids
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids of dtype {ids.dtype}: token ids are whole numbers")
-    if ids.ndim == 1:
-        ids = ids[None]
-    if ids.ndim != 2:
-        raise ValueError(f"ids of shape {tuple(ids.shape)}: must be (batch, seq_len)")
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= vocabulary):
-        raise ValueError(
-            f"ids from {int(ids.min())} to {int(ids.max())}: the model's vocabulary has ids 0 to {vocabulary - 1}; "
-            "was the text tokenised with another tokenizer?"
-        )
-    return ids.long()
-
-
-def check_mask(attention_mask, ids):
-    """A padding mask that fits `ids`, or `None`."""
-    if attention_mask is None:
-        return None
-    mask = torch.as_tensor(attention_mask)
-    mask = mask[None] if mask.ndim == 1 else mask
-    if mask.shape != ids.shape:
-        raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: must be that of ids, {tuple(ids.shape)}")
-    return mask
-
-
-def check_size(name, value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")
-
-
-def stream_chunks(ids, attention_mask, chunk_size, vocabulary):
-    """Pairs of ids and mask, `(batch, at most chunk_size)`, and the number of columns if it is known."""
-    whole = isinstance(ids, torch.Tensor) or (
-        isinstance(ids, (list, tuple)) and not any(isinstance(piece, torch.Tensor) for piece in ids)
-    )
-    if whole:
-        ids = as_batch(ids, vocabulary)
-        mask = check_mask(attention_mask, ids)
-        masks = itertools.repeat(None) if mask is None else mask.split(chunk_size, dim=1)
-        return zip(ids.split(chunk_size, dim=1), masks, strict=False), ids.shape[1]
-    if attention_mask is not None:
-        raise ValueError(
-            "attention_mask with an iterator of ids: padding is read from one tensor; pass ids as a tensor"
-        )
-    return gather_pieces(ids, chunk_size, vocabulary), None
-
-
-def gather_pieces(pieces, chunk_size, vocabulary):
-    """Join an iterator of pieces of any size into chunks of `chunk_size` columns."""
-    held, count = [], 0
-    for piece in pieces:
-        piece = as_batch(piece, vocabulary)
-        held.append(piece)
-        count += piece.shape[1]
-        while count >= chunk_size:
-            joined = torch.cat(held, dim=1)
-            yield joined[:, :chunk_size], None
-            held, count = [joined[:, chunk_size:]], count - chunk_size
-    if count:
-        yield torch.cat(held, dim=1), None
 
 
 def read_chunks(inner, run, chunks, total, cache, progress, description):

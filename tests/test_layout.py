@@ -13,7 +13,8 @@ PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
     "version assets data",
-    "config memory segments gate",
+    "config memory segments gate inputs",
+    "layer_state",
     "cache",
     "attention snapshot",
     "families",
