@@ -133,7 +133,8 @@ class InfiniAttention:
             reads_anything = reads_anything or any(round.reads)
             outputs.append(output)
         if self.training and torch.is_grad_enabled() and not reads_anything:
-            outputs = [self.memory_gate(output) for output in outputs]
+            # A call too short to read, or all padding, still reaches the gate: data parallelism waits for it.
+            outputs = [self.memory_gate(output) for output in outputs or [queries[:, :, :0]]]
         if layer is not None:
             layer.keys, layer.values = state.keys, state.values
             layer.memory, layer.memory_norm = state.memory, state.memory_norm
@@ -158,8 +159,8 @@ class InfiniAttention:
         """The rounds' outputs in the columns of the call; zeros at padding."""
         if plan.scatter_index is None:
             return (torch.cat(outputs, dim=2) if len(outputs) != 1 else outputs[0]).transpose(1, 2)
-        like = outputs[0] if outputs else queries
-        nothing = like.new_zeros(*queries.shape[:2], 1, queries.shape[-1])
+        outputs = outputs or [queries[:, :, :0]]
+        nothing = outputs[0].new_zeros(*queries.shape[:2], 1, queries.shape[-1])
         return take_columns(torch.cat([*outputs, nothing], dim=2), plan.scatter_index).transpose(1, 2)
 
     def attend(self, queries, keys, values, state, round, plan, writes, kwargs):

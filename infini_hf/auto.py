@@ -7,6 +7,7 @@ import logging
 import torch
 from safetensors import safe_open
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.modeling_utils import _add_variant
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 
 from .attention import InfiniAttention
@@ -37,8 +38,8 @@ class AutoInfiniModelForCausalLM:
             name_or_path (`str` or `Path`): a hub name or a folder.
             infini_config ([`InfiniConfig`], *optional*):
                 the options; by default those in the checkpoint, else the defaults.
-            kwargs: everything that `AutoModelForCausalLM.from_pretrained` takes (`dtype`, `device_map`,
-                `attn_implementation`, `quantization_config`, `revision`, …).
+            kwargs: what `AutoModelForCausalLM.from_pretrained` takes (`dtype`, `device_map`, `attn_implementation`,
+                `quantization_config`, `revision`, …), but `output_loading_info`. Gates are read from safetensors.
 
         Returns:
             `PreTrainedModel`: the model, of its own stock class, patched.
@@ -51,8 +52,7 @@ class AutoInfiniModelForCausalLM:
         if infini_config is not None and not isinstance(infini_config, InfiniConfig):
             raise TypeError(f"infini_config is a {type(infini_config).__name__}: pass an InfiniConfig")
         hub = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
-        config = kwargs.pop("config", None)
-        config = AutoConfig.from_pretrained(name_or_path, **hub) if config is None else copy.deepcopy(config)
+        config, kwargs = resolve_config(name_or_path, kwargs)
         # Before any weight is read.
         family_of(config)
         stored = vars(config).pop("infini_attention", None)
@@ -60,9 +60,22 @@ class AutoInfiniModelForCausalLM:
         model, info = load_stock(name_or_path, config, kwargs)
         patch_model(model, chosen)
         if stored is not None:
-            load_gates(model, read_gates(name_or_path, hub), name_or_path)
+            load_gates(model, read_gates(name_or_path, hub, kwargs.get("variant")), name_or_path)
         warn_of_keys(info, name_or_path)
         return model
+
+
+def resolve_config(name, kwargs):
+    """The config, with the options among `kwargs` that are its own, and the rest of them."""
+    kwargs = dict(kwargs)
+    config = kwargs.pop("config", None)
+    if config is not None:
+        return copy.deepcopy(config), kwargs
+    # Both are fields of a config too, and mean the loading here.
+    loading = {key: kwargs.pop(key) for key in ("dtype", "quantization_config") if key in kwargs}
+    kept = {key: kwargs[key] for key in HUB_OPTIONS if key in kwargs}
+    config, rest = AutoConfig.from_pretrained(name, return_unused_kwargs=True, **kwargs)
+    return config, {**rest, **kept, **loading}
 
 
 def choose_config(given, stored, name):
@@ -101,12 +114,12 @@ def warn_of_keys(info, name):
         logger.warning("%s: not in the checkpoint and newly initialised: %s", name, missing)
 
 
-def read_gates(name, hub):
-    """All gates in a checkpoint, by name, float32."""
+def read_gates(name, hub, variant=None):
+    """All gates in a safetensors checkpoint, by name, float32."""
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(name, SAFE_WEIGHTS_INDEX_NAME, **hub, **missing_ok)
+    index = cached_file(name, _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub, **missing_ok)
     if index is None:
-        files = [SAFE_WEIGHTS_NAME]
+        files = [_add_variant(SAFE_WEIGHTS_NAME, variant)]
     else:
         with open(index, encoding="utf-8") as file:
             places = json.load(file)["weight_map"]

@@ -63,9 +63,12 @@ class InfiniCache(Cache):
         super().__init__(layers=layers, offloading=offloading and torch.cuda.is_available())
         # Stock layers as they begin: their own reset zeroes tensors that a copy may share.
         self.fresh = {index: copy.copy(layer) for index, layer in self.stock_layers.items()}
-        # Padding of the columns that stock layers still hold, `(batch, columns)` bool; `None` while there was none.
+        # Padding of the columns that stock layers still hold, `(batch, columns)` bool, and the column it ends at;
+        # `None` while there was none. It is noted before the layers run, so after an interruption its end lies too far.
         self.padding = None
-        # Columns read before `generate` was entered, which must not learn of them (see `hide_past`).
+        self.padding_end = 0
+        # Columns read before `infini_hf.generate` was entered: the stock loop must not learn of them, or every token
+        # would cost a mask and ids of the whole past.
         self.hidden_columns = 0
         # Cosines and sines of the window positions, the same at every call.
         self.rope = None
@@ -105,10 +108,11 @@ class InfiniCache(Cache):
         Raises:
             ValueError: when the layers have not all read the same tokens.
         """
-        counts = {(layer.seen, layer.columns) for layer in self.infini_layers.values()}
-        if len(counts) > 1:
+        rows = {layer.seen for layer in self.infini_layers.values()}
+        columns = {layer.get_seq_length() for layer in self.layers}
+        if len(columns) > 1 or len(rows) > 1:
             raise ValueError(
-                f"the layers of this cache have read {sorted(columns for _, columns in counts)} columns: a forward "
+                f"the layers of this cache have read {sorted(columns)} columns: a forward "
                 "was interrupted. Reset the cache (cache.reset()), or read with infini_hf.prefill, which undoes a "
                 "broken chunk"
             )
@@ -166,6 +170,10 @@ class InfiniCache(Cache):
 
     def crop(self, tokens_to_remove):
         raise NotImplementedError(CROP_REFUSED)
+
+    def __getstate__(self):
+        # A weak reference cannot be pickled, and the model is not the cache's to carry.
+        return {**self.__dict__, "reader": None}
 
     def __copy__(self):
         """A cache of its own that shares the tensors, which nobody changes."""

@@ -68,7 +68,7 @@ def resolve_cache(decoder, kwargs, batch):
     if checkpointing:
         raise ValueError(
             "an InfiniCache was passed while training under activation checkpointing, where layers drop it and the "
-            "memory would never carry: turn checkpointing off (model.gradient_checkpointing_disable()), or pass no "
+            "memory would never carry: turn checkpointing off (model.activation_checkpointing_disable()), or pass no "
             "cache (the memory then carries inside the call)"
         )
     if cache.infini_config != infini_config_of(decoder.config):
@@ -77,6 +77,12 @@ def resolve_cache(decoder, kwargs, batch):
             f"{infini_config_of(decoder.config)}: make one with infini_hf.InfiniCache(model.config)"
         )
     cache.check_whole()
+    reader = cache.reader() if cache.reader is not None else None
+    if cache.seen and reader is not None and reader is not decoder:
+        raise ValueError(
+            "this cache was filled by another model, whose memory means nothing here: make a cache for each model, or "
+            "carry it over between equal models with cache.save_pretrained and InfiniCache.from_pretrained"
+        )
     if cache.seen and len(cache.seen) != batch:
         raise ValueError(
             f"the cache holds {len(cache.seen)} rows and the call has {batch}: rows of one batch keep their places; "
@@ -112,7 +118,23 @@ def read_padding(attention_mask, batch, columns, past, cache):
             f"attention_mask of shape {tuple(attention_mask.shape)}: the call has {batch} rows of {columns} tokens "
             f"after {past}; the mask must cover the {columns} new columns, or all {past + columns}"
         )
+    if columns > 1 and past and not hidden and attention_mask.shape[1] == past + columns:
+        check_past(attention_mask[:, :past], cache)
     return attention_mask[:, -columns:].bool() if columns else attention_mask[:, :0].bool()
+
+
+def check_past(past_mask, cache):
+    """What the mask says of the past must be what was read: it cannot be unread.
+
+    Raises:
+        ValueError: names both counts.
+    """
+    said = tuple(past_mask.bool().sum(1).tolist())
+    if said != cache.seen:
+        raise ValueError(
+            f"attention_mask says that {list(said)} of the earlier tokens of each row are real, and the cache has "
+            f"read {list(cache.seen)}: pass the mask that was used then, or that of the new tokens alone"
+        )
 
 
 def check_positions(positions, mask, columns):
@@ -149,7 +171,11 @@ def window_tables(decoder, config, tokens, cache):
     with torch.inference_mode(False), torch.no_grad():
         like = torch.empty(0, dtype=dtype, device=tokens.device)
         positions = torch.arange(config.longest_window, device=tokens.device)[None]
-        tables = decoder.rotary_emb(like, positions, *layer_type)
+        rotary = decoder.rotary_emb
+        if "dynamic" in str(rotary.rope_type):
+            # This kind remembers the longest position it met, of whatever conversation: ask one that met none.
+            rotary = type(rotary)(decoder.config).to(tokens.device)
+        tables = rotary(like, positions, *layer_type)
     if cache is not None:
         cache.rope = (key, tables)
     return tables
@@ -166,7 +192,8 @@ def stock_masks(decoder, mask, batch, columns, cache, device):
         return unused
     layers = (cache if cache is not None else DynamicCache(config=decoder.config)).layers
     past = 0 if cache is None else cache.columns
-    warn_of_positions(decoder, past + columns)
+    warn_of_positions(decoder, past + columns, columns)
+    warn_of_inner_padding(decoder, mask, cache)
     dtype = decoder.get_input_embeddings().weight.dtype
     kinds = {}
     for index in stock:
@@ -192,6 +219,8 @@ def remember_padding(cache, mask, batch, columns, widest, device):
     past = None if cache is None else cache.padding
     if mask is None and past is None:
         return None
+    if past is not None:
+        past = past.to(device)[:, : past.shape[1] - (cache.padding_end - cache.columns)]
     kept = widest - columns
     if past is None or past.shape[1] < kept:
         before = torch.ones(batch, kept, dtype=torch.bool, device=device)
@@ -202,16 +231,31 @@ def remember_padding(cache, mask, batch, columns, widest, device):
     new = torch.ones(batch, columns, dtype=torch.bool, device=device) if mask is None else mask
     padding = torch.cat([before, new], dim=1)
     if cache is not None:
-        cache.padding = padding
+        cache.padding, cache.padding_end = padding, cache.columns + columns
     return padding
 
 
-def warn_of_positions(decoder, position):
+def warn_of_positions(decoder, position, columns):
     """Stock sliding layers count positions from the start of the stream, in float32."""
-    if position > LONGEST_GLOBAL_POSITION:
+    # Once for a stream, where it crosses the limit.
+    if position - columns <= LONGEST_GLOBAL_POSITION < position:
         logger.warning(
             "position %d: the sliding-window layers of %s keep global float32 positions, which are no longer exact at "
             "this length; the patched layers are not affected",
             position,
+            type(decoder).__name__,
+        )
+
+
+def warn_of_inner_padding(decoder, mask, cache):
+    """Stock sliding layers count columns: padding after a row's first token takes places in their window."""
+    if mask is None or bool(mask.all()):
+        return
+    seen = cache.seen if cache is not None and cache.seen else (0,) * mask.shape[0]
+    started = torch.tensor(seen, device=mask.device)[:, None] + mask.long().cumsum(1) > 0
+    if bool((started & ~mask).any()):
+        logger.warning(
+            "padding after a row's first token: the layers of %s that the patch leaves stock count it in their "
+            "window, so such a row is not exactly the row alone; read rows of different length in caches of their own",
             type(decoder).__name__,
         )

@@ -1,8 +1,16 @@
 """Token ids as users hand them in: a tensor, a list, or a stream of pieces, checked before any work is done."""
 
 import itertools
+from collections.abc import Mapping
 
+import numpy as np
 import torch
+
+
+def refuse_mapping(ids):
+    """What a tokenizer returns is a mapping, and iterating it gives names."""
+    if isinstance(ids, Mapping):
+        raise TypeError(f"ids of type {type(ids).__name__}: pass its ids, as in tokenizer(text)['input_ids']")
 
 
 def as_batch(ids, vocabulary):
@@ -12,6 +20,7 @@ def as_batch(ids, vocabulary):
         TypeError: when it holds no token ids.
         ValueError: when an id is outside the vocabulary, or rows differ in length.
     """
+    refuse_mapping(ids)
     if not isinstance(ids, torch.Tensor):
         try:
             ids = torch.tensor(ids)
@@ -52,7 +61,8 @@ def check_size(name, value):
 
 def stream_chunks(ids, attention_mask, chunk_size, vocabulary):
     """Pairs of ids and mask, `(batch, at most chunk_size)`, and the number of columns if it is known."""
-    whole = isinstance(ids, torch.Tensor) or (
+    refuse_mapping(ids)
+    whole = isinstance(ids, (torch.Tensor, np.ndarray)) or (
         isinstance(ids, (list, tuple)) and not any(isinstance(piece, torch.Tensor) for piece in ids)
     )
     if whole:
@@ -72,6 +82,10 @@ def gather_pieces(pieces, chunk_size, vocabulary):
     held, count = [], 0
     for piece in pieces:
         piece = as_batch(piece, vocabulary)
+        if held and piece.shape[0] != held[0].shape[0]:
+            raise ValueError(
+                f"a piece of {piece.shape[0]} rows after pieces of {held[0].shape[0]}: rows keep their places"
+            )
         held.append(piece)
         count += piece.shape[1]
         while count >= chunk_size:

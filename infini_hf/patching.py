@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+from functools import partial
 from types import MethodType
 
 import torch
@@ -74,7 +75,8 @@ def patch_model(model, config=None):
         patch_layer(attention, family.attention, config)
     own_config(model).infini_attention = config.to_dict()
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
-    model._prepare_cache_for_generation = MethodType(prepare_cache_for_generation, model)
+    # A partial, unlike a bound method, survives pickling under another name than its function.
+    model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
     warn_of_window(model, config)
     logger.info(
         "patched %d of %d layers of %s: segments of %d tokens, %s update, %s features, %s gate, overlap %d, sinks %d",
@@ -219,7 +221,7 @@ def warn_of_window(model, config):
         )
 
 
-def prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs):
+def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):
     """What `generate` calls for its cache: an [`InfiniCache`] in place of a stock one.
 
     Raises:
@@ -244,7 +246,7 @@ def prepare_cache_for_generation(self, generation_config, model_kwargs, *args, *
             "'offloaded'"
         )
     if cache is None and generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = InfiniCache(self.config, offloading=kind == "offloaded")
+        model_kwargs["past_key_values"] = InfiniCache(model.config, offloading=kind == "offloaded")
         generation_config.cache_implementation = None
     # The stock method checks the rest of what the user passed and finds the cache made.
-    return type(self)._prepare_cache_for_generation(self, generation_config, model_kwargs, *args, **kwargs)
+    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)

@@ -11,16 +11,18 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from .cache import infini_config_of
 from .config import InfiniConfig
 from .layer_state import InfiniLayer
 from .version import __version__
 
 FILE_NAME = "memory.safetensors"
 FORMAT = "infini_hf memory snapshot 1"
-# What a config says of its file, its run and its outputs, and nothing of what the model computes.
-IRRELEVANT = (
-    "_name_or_path architectures chunk_size_feed_forward dtype id2label infini_attention label2id "
-    "output_attentions output_hidden_states problem_type return_dict transformers_version use_cache"
+# What decides, beside the weights, what a decoder of the supported families computes.
+SHAPE = (
+    "attention_bias attn_logit_softcapping head_dim hidden_act hidden_activation hidden_size intermediate_size "
+    "layer_types max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads "
+    "query_pre_attn_scalar rms_norm_eps rope_parameters sliding_window vocab_size"
 ).split()
 ITEMS_AT_ONCE = 2**22
 
@@ -43,6 +45,11 @@ def save_snapshot(cache, directory):
     decoder = cache.reader() if cache.reader is not None else None
     if decoder is None:
         raise ValueError("the model that filled this cache is gone: save the snapshot while the model is alive")
+    if vars(decoder.config).get("infini_attention") is None or infini_config_of(decoder.config) != cache.infini_config:
+        raise ValueError(
+            f"the model that filled this cache is no longer patched with {cache.infini_config}: save the memory "
+            "before the model is unpatched or patched anew"
+        )
     tensors = collect_tensors(cache)
     check_finite(tensors, "the cache")
     metadata = {
@@ -157,7 +164,8 @@ def fill(cache, tensors, metadata, decoder):
             layer.seen, layer.columns = seen, columns
         elif layer.is_sliding:
             layer.cumulative_length = lengths[index]
-    cache.padding = tensors["padding"].to(decoder.device) if "padding" in tensors else None
+    cache.padding = tensors.get("padding")
+    cache.padding_end = columns
     cache.notes = json.loads(metadata["notes"])
     cache.reader = weakref.ref(decoder)
 
@@ -172,12 +180,12 @@ def layer_device(layer):
 
 
 def fingerprint(decoder):
-    """What must be the same for a memory to make sense: `{"model", "patch", "weights"}`, each a short text."""
+    """What must be the same for a memory to make sense: `{"model", "patch", "weights"}`, each a text."""
     config = decoder.config.to_dict()
     patch = {key: value for key, value in config.get("infini_attention", {}).items() if key != "version"}
-    shape = {key: value for key, value in config.items() if key not in IRRELEVANT and not key.endswith("token_id")}
+    shape = {key: config[key] for key in SHAPE if key in config}
     return {
-        "model": f"{config['model_type']} {digest_text(shape)}",
+        "model": json.dumps({"model_type": config["model_type"], **shape}, sort_keys=True),
         "patch": json.dumps(patch, sort_keys=True),
         "weights": digest_weights(decoder),
     }
@@ -186,7 +194,10 @@ def fingerprint(decoder):
 def check_fingerprint(path, theirs, ours):
     """Raise a sentence on the first difference."""
     if theirs["model"] != ours["model"]:
-        raise ValueError(f"{path}: was written by another model ({theirs['model']}, this is {ours['model']})")
+        was, now = json.loads(theirs["model"]), json.loads(ours["model"])
+        changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
+        differences = ", ".join(f"{key} {was.get(key)} there and {now.get(key)} here" for key in changed)
+        raise ValueError(f"{path}: was written by another model ({differences})")
     if theirs["patch"] != ours["patch"]:
         raise ValueError(f"{path}: was written under another patch ({theirs['patch']}, this is {ours['patch']})")
     if theirs["weights"] != ours["weights"]:

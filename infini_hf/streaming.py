@@ -31,10 +31,18 @@ def require_patched(model):
     return inner
 
 
+def input_device(inner):
+    """Where token ids go, also when accelerate keeps the embeddings elsewhere between calls."""
+    embeddings = inner.get_input_embeddings()
+    hook = vars(embeddings).get("_hf_hook")
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return embeddings.weight.device
+
+
 def read_chunks(inner, run, chunks, total, cache, progress, description):
     """Run a function over chunks; a chunk that is interrupted leaves no trace in the cache."""
-    device = inner.get_input_embeddings().weight.device
-    device = inner.device if device.type == "meta" else device
+    device = input_device(inner)
     with tqdm(total=total, unit="tok", unit_scale=True, desc=description, disable=not progress, delay=PATIENCE) as bar:
         for ids, mask in chunks:
             if not ids.shape[1]:
@@ -159,27 +167,32 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")
-    kwargs["use_cache"] = True
     refuse_rollback(kwargs)
-    device = inner.device
-    ids = ids.to(device)
-    mask = check_mask(attention_mask, ids)
-    mask = torch.ones_like(ids) if mask is None else mask.to(device)
-    # Generation runs on a copy: beams and padding of finished rows never reach the caller's cache.
-    twin = copy.copy(cache)
-    twin.hidden_columns = cache.columns
     options = GenerationOptions(inner, kwargs)
-    if cache.seen and options.rows_per_input > 1:
+    if kwargs.get("generation_config") is None:
+        kwargs["use_cache"] = True
+    else:
+        kwargs["generation_config"] = copy.deepcopy(kwargs["generation_config"])
+        kwargs["generation_config"].use_cache = True
+    ids = ids.to(input_device(inner))
+    mask = check_mask(attention_mask, ids)
+    mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    # All on copies, so that an interruption leaves the caller's cache before the turn, not in its middle. The prompt
+    # is read in chunks up to its last token, which the stock loop needs to begin with.
+    after, prompt = copy.copy(cache), ids.shape[1] - 1
+    prefill(inner, ids[:, :prompt], attention_mask=mask[:, :prompt], cache=after)
+    # Generation has a copy of its own: beams and padding of finished rows never reach the others.
+    twin = copy.copy(after)
+    twin.hidden_columns = cache.columns
+    if twin.seen and options.rows_per_input > 1:
         twin.batch_repeat_interleave(options.rows_per_input)
-    output = model.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
+    output = inner.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     returned = sequences.shape[0] // ids.shape[0]
     kept = torch.cat([mask.repeat_interleave(returned, 0), options.real_tokens(sequences[:, ids.shape[1] :])], dim=1)
-    # On another copy, so that an interruption leaves the caller's cache before the turn, not in its middle.
-    after = copy.copy(cache)
-    if cache.seen and returned > 1:
+    if after.seen and returned > 1:
         after.batch_repeat_interleave(returned)
-    prefill(model, sequences, attention_mask=kept, cache=after, progress=False)
+    prefill(inner, sequences[:, prompt:], attention_mask=kept[:, prompt:], cache=after, progress=False)
     cache.restore(after)
     if not isinstance(output, torch.Tensor):
         output.past_key_values = cache

@@ -170,7 +170,7 @@ def test_a_deep_copy_is_patched_and_independent(family):
     assert torch.equal(read_whole(twin, ids), logits)
     assert torch.equal(read(twin, ids, [9, 21])[0], read(model, ids, [9, 21])[0])
     expected = model.generate(ids, max_new_tokens=12, do_sample=False)
-    assert twin._prepare_cache_for_generation.__self__ is twin
+    assert twin._prepare_cache_for_generation.args[0] is twin
     open_gates(twin, seed=7)
     assert not torch.equal(read_whole(twin, ids), logits)
     unpatch_model(twin)
