@@ -64,7 +64,7 @@ class InfiniCache(Cache):
         # Stock layers as they begin: their own reset zeroes tensors that a copy may share.
         self.fresh = {index: copy.copy(layer) for index, layer in self.stock_layers.items()}
         # Padding of the columns that stock layers still hold, `(batch, columns)` bool, and the column it ends at;
-        # `None` while there was none. It is noted before the layers run, so after an interruption its end lies too far.
+        # `None` while there was none. Noted before the layers run, so after an interruption its end lies too far.
         self.padding = None
         self.padding_end = 0
         # Columns read before `infini_hf.generate` was entered: the stock loop must not learn of them, or every token

@@ -63,7 +63,7 @@ def stream_chunks(ids, attention_mask, chunk_size, vocabulary):
     """Pairs of ids and mask, `(batch, at most chunk_size)`, and the number of columns if it is known."""
     refuse_mapping(ids)
     whole = isinstance(ids, (torch.Tensor, np.ndarray)) or (
-        isinstance(ids, (list, tuple)) and not any(isinstance(piece, torch.Tensor) for piece in ids)
+        isinstance(ids, (list, tuple)) and not any(isinstance(piece, (torch.Tensor, np.ndarray)) for piece in ids)
     )
     if whole:
         ids = as_batch(ids, vocabulary)

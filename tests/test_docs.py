@@ -8,6 +8,7 @@ import re
 import runpy
 import shlex
 import sys
+import tomllib
 from dataclasses import dataclass
 from functools import cache
 from itertools import chain
@@ -23,11 +24,6 @@ import infini_hf.evaluation.perplexity
 import infini_hf.evaluation.recall
 import infini_hf.snapshot
 from infini_hf.cli.main import app
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 ROOT = Path(__file__).parent.parent
 PAGES = [page for page in (ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))) if page.is_file()]

@@ -25,10 +25,12 @@ BOUNDARIES = 3 * SEGMENT
 CARRY = {"overlap": 3, "sink_tokens": 2}
 
 
-@pytest.fixture(params=["llama", "gemma3_text"])
+@pytest.fixture(params=["llama-carry", "llama", "gemma3_text-carry"])
 def model(request):
-    """A patched model that never ends a text by itself."""
-    return endless(build_patched(request.param, segment_length=SEGMENT, memory_update="delta", **CARRY))
+    """A patched model that never ends a text by itself, with and without overlap and sinks."""
+    family, _, carry = request.param.partition("-")
+    options = {"memory_update": "delta", **CARRY} if carry else {}
+    return endless(build_patched(family, segment_length=SEGMENT, **options))
 
 
 @pytest.fixture
@@ -92,10 +94,24 @@ def test_left_padded_batches_generate_what_each_row_does_alone(model, use_cache)
 
 
 @pytest.mark.parametrize("options", [{}, {"num_return_sequences": 3}, {"length_penalty": 2.0, "early_stopping": True}])
-def test_beams_equal_no_cache(model, options):
-    _, ids, mask = left_padded([SEGMENT + 1, 2 * SEGMENT])
+@pytest.mark.parametrize("lengths", [(SEGMENT - 1, SEGMENT), (SEGMENT + 1, 3 * SEGMENT + 2)])
+def test_beams_equal_no_cache(model, options, lengths):
+    _, ids, mask = left_padded(lengths)
     options = {"num_beams": 3, "max_new_tokens": BOUNDARIES, "do_sample": False, "attention_mask": mask, **options}
     assert torch.equal(model.generate(ids, **options), model.generate(ids, **options, use_cache=False))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_generates_in_a_padded_batch_what_a_row_does_alone_and_in_chunks(family):
+    model = endless(build_patched(family, segment_length=SEGMENT, **CARRY))
+    rows, ids, mask = left_padded([SEGMENT - 3, 3 * SEGMENT + 2])
+    options = {"max_new_tokens": BOUNDARIES, "do_sample": False}
+    batch = model.generate(ids, attention_mask=mask, **options)
+    assert torch.equal(batch, model.generate(ids, attention_mask=mask, use_cache=False, **options))
+    for number, row in enumerate(rows):
+        cache = prefill(model, row[:, :-1], chunk_size=3, progress=False)
+        alone = generate(model, row[:, -1:], cache=cache, **options)
+        assert torch.equal(batch[number, ids.shape[1] :], alone[0, 1:])
 
 
 def test_sampling_with_a_seed_equals_no_cache(model):
@@ -485,7 +501,7 @@ def test_crop_and_assisted_decoding_are_refused(llama):
     for options in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": llama}):
         with pytest.raises(NotImplementedError, match=next(iter(options))):
             generate(llama, random_ids(1, 9), cache=cache, max_new_tokens=5, **options)
-        with pytest.raises(NotImplementedError):
+        with pytest.raises(NotImplementedError, match="an InfiniCache cannot be cropped"):
             llama.generate(random_ids(1, 9), max_new_tokens=5, **options)
     assert cache.seen == (9,)
 
