@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import build, build_patched, random_ids
+from models import FAMILIES, build, build_patched, random_ids
 from reading import assert_close, assert_same_state, read, read_whole, state_of
 from torch.nn import functional as F
 from transformers import (
