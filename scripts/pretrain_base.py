@@ -28,7 +28,7 @@ class BaseArguments:
     model: str | None = field(default=None, metadata={"help": "checkpoint to go on from; a new model without it"})
     row_length: int = field(default=640, metadata={"help": "tokens in a row"})
     max_position_embeddings: int = field(default=640, metadata={"help": "positions that the config promises"})
-    simple_recall: bool = field(default=False, metadata={"help": "only one short fact in each recall document"})
+    recall_style: str = field(default="mixed", metadata={"help": "simple, named or mixed recall documents"})
     recall_fraction: float = field(default=0.25, metadata={"help": "share of in-context recall rows"})
     vocab_size: int = 4096
     hidden_size: int = 256
@@ -72,7 +72,7 @@ def main():
         model = build_model(args, tokenizer)
     steps_rows = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps
     rows = BaseRows(
-        texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, args.simple_recall, training_args.seed
+        texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, args.recall_style, training_args.seed
     )
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, processing_class=tokenizer)
     Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)

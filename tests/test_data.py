@@ -8,6 +8,7 @@ from infini_hf.data.base_rows import END_OF_TEXT, BaseRows, read_texts, train_to
 from infini_hf.data.needles import (
     GRASS,
     PASSKEY_HEADER,
+    RecallStyle,
     draw_facts,
     draw_key,
     grass_filler,
@@ -75,7 +76,7 @@ def test_several_facts_have_different_names_and_values(rng):
 def test_every_question_of_a_document_is_answered_by_the_document(rng):
     asked = 0
     for _ in range(200):
-        document = recall_document(rng, PROSE, 900, repeat_fraction=0.0)
+        document = recall_document(rng, PROSE, 900, RecallStyle(repeat_fraction=0.0))
         for question in document.split("What is the ")[1:]:
             # "…pass key of Ada? The pass key of Ada is 12345."
             answer = question.split(" is ")[1].split(".")[0]
@@ -85,7 +86,7 @@ def test_every_question_of_a_document_is_answered_by_the_document(rng):
 
 
 def test_a_repeated_passage_stands_twice(rng):
-    document = recall_document(rng, PROSE, 400, repeat_fraction=1.0)
+    document = recall_document(rng, PROSE, 400, RecallStyle(repeat_fraction=1.0))
     passage = document.split("\n\n")[0]
     assert len(passage) >= 40
     assert document.endswith(passage)

@@ -39,6 +39,11 @@ def test_recall_is_complete_for_a_copier_and_none_for_a_blind_one(tokenizer):
         assert sum(sample.correct for sample in results) / len(results) == expected
 
 
+def test_among_several_facts_the_one_asked_for_is_expected(tokenizer):
+    results = context_recall(Copier(tokenizer), tokenizer, TEXT, 300, samples=2, kinds=("key", "word"), facts=4)
+    assert all(sample.correct for sample in results)
+
+
 def test_without_the_statement_only_chance_is_left(tokenizer):
     results = context_recall(Copier(tokenizer), tokenizer, TEXT, 200, samples=2, state=False)
     assert sum(sample.correct for sample in results) == 0

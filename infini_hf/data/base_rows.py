@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .needles import recall_document
+from .needles import STYLES, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
@@ -64,16 +64,15 @@ class BaseRows(torch.utils.data.Dataset):
         rows (`int`): the length of the dataset.
         row_length (`int`): tokens in a row.
         recall_fraction (`float`, *optional*, defaults to `0.25`): share of recall rows.
-        simple_recall (`bool`, *optional*, defaults to `False`): one fact of five digits or one word a document, and no
-            repeated passage: what a model learns to copy from first.
+        recall_style (`str`, *optional*, defaults to `"mixed"`): a name in `infini_hf.data.needles.STYLES`.
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
 
     Each item is `{"input_ids": (row_length,), "labels": (row_length,)}`, both int64.
     """
 
-    def __init__(self, texts, tokenizer, rows, row_length, recall_fraction=0.25, simple_recall=False, seed=0):
+    def __init__(self, texts, tokenizer, rows, row_length, recall_fraction=0.25, recall_style="mixed", seed=0):
         self.tokenizer, self.rows, self.row_length = tokenizer, rows, row_length
-        self.recall = {"most_facts": 1, "most_digits": 5, "repeat_fraction": 0.0} if simple_recall else {}
+        self.style = STYLES[recall_style]
         self.recall_fraction, self.seed = recall_fraction, seed
         self.text = "\n\n".join(texts)
         encoded = [np.asarray(ids, dtype=np.uint16) for ids in tokenizer(texts)["input_ids"]]
@@ -106,6 +105,6 @@ class BaseRows(torch.utils.data.Dataset):
         while len(ids) < self.row_length:
             room = max(self.row_length - len(ids), 48)
             length = min(np.exp(rng.uniform(np.log(48), np.log(self.row_length))), room)
-            document = recall_document(rng, self.text, int(length * 3.2), **self.recall)
+            document = recall_document(rng, self.text, int(length * 3.2), self.style)
             ids += self.tokenizer(document)["input_ids"] + [self.tokenizer.eos_token_id]
         return np.asarray(ids[: self.row_length])

@@ -123,33 +123,61 @@ def draw_facts(rng, count, split="train", most_digits=7):
     ]
 
 
-def recall_document(
-    rng, text, characters, grass_fraction=0.3, repeat_fraction=0.1, split="train", most_facts=6, most_digits=7
-):
+@dataclass(frozen=True)
+class RecallStyle:
+    """What a recall document is made of.
+
+    Args:
+        least_facts (`int`, *optional*, defaults to `1`): the fewest facts.
+        most_facts (`int`, *optional*, defaults to `6`): the most facts.
+        fact_room (`int`, *optional*, defaults to `250`): characters of the document for each fact beyond the fewest.
+        most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
+        ask_all (`bool`, *optional*, defaults to `False`): ask for every fact, not for a random part.
+        grass_fraction (`float`, *optional*, defaults to `0.3`): share of documents in the benchmark's filler.
+        repeat_fraction (`float`, *optional*, defaults to `0.1`): share of documents that quote a passage twice.
+    """
+
+    least_facts: int = 1
+    most_facts: int = 6
+    fact_room: int = 250
+    most_digits: int = 7
+    ask_all: bool = False
+    grass_fraction: float = 0.3
+    repeat_fraction: float = 0.1
+
+
+# A small model learns to copy from the simplest documents first, then to tell facts apart by their names.
+STYLES = {
+    "simple": RecallStyle(most_facts=1, most_digits=5, repeat_fraction=0.0),
+    "named": RecallStyle(least_facts=2, most_facts=4, fact_room=150, most_digits=5, ask_all=True, repeat_fraction=0.0),
+    "mixed": RecallStyle(),
+}
+
+
+def recall_document(rng, text, characters, style=STYLES["mixed"], split="train"):
     """A document of about `characters` characters that can only be predicted by recalling its own beginning.
 
     Args:
         rng (`numpy.random.Generator`): the source of every draw.
         text (`str`): where novel filler is cut from.
         characters (`int`): the length aimed at.
-        grass_fraction (`float`, *optional*, defaults to `0.3`): share of documents in the benchmark's filler.
-        repeat_fraction (`float`, *optional*, defaults to `0.1`): share of documents that quote a passage twice.
+        style ([`RecallStyle`], *optional*): what it is made of; `STYLES["mixed"]` by default.
         split (`str`, *optional*, defaults to `"train"`): the part of the keys to draw from.
-        most_facts (`int`, *optional*, defaults to `6`): the most facts in a document; short ones hold fewer.
-        most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
     """
-    if rng.random() < repeat_fraction:
+    if rng.random() < style.repeat_fraction:
         passage = text_slice(rng, text, max(40, int(characters * rng.uniform(0.2, 0.45))))
         filler = text_slice(rng, text, max(0, characters - 2 * len(passage)))
         return "\n\n".join(part for part in (passage, filler, passage) if part)
-    most = max(1, min(most_facts, characters // 250))
-    facts = draw_facts(rng, int(rng.integers(1, most + 1)), split, most_digits)
-    asked = [facts[i] for i in rng.permutation(len(facts))[: int(rng.integers(1, len(facts) + 1))]]
+    most = max(style.least_facts, min(style.most_facts, characters // style.fact_room))
+    facts = draw_facts(rng, int(rng.integers(style.least_facts, most + 1)), split, style.most_digits)
+    order = rng.permutation(len(facts))
+    count = len(facts) if style.ask_all else int(rng.integers(1, len(facts) + 1))
+    asked = [facts[i] for i in order[:count]]
     fixed = sum(len(fact.statement) + 2 for fact in facts) + sum(len(f.prompt) + len(f.answer) + 3 for f in asked)
     room = max(0, characters - fixed)
     filler = (
         grass_filler(room, int(rng.integers(0, len(GRASS))))
-        if rng.random() < grass_fraction
+        if rng.random() < style.grass_fraction
         else text_slice(rng, text, room)
     )
     joiner = str(rng.choice(JOINERS))

@@ -48,31 +48,36 @@ def first_answer(text, kind):
     return match.group() if match else ""
 
 
-def draw_fact(rng, kind):
-    """A fact of one kind whose key belongs to the test part."""
+def draw_facts(rng, kind, count):
+    """`count` facts of one kind, with distinct names, whose keys belong to the test part."""
     if kind == "passkey":
-        return passkey_fact(draw_key(rng, 5, "test"))
-    name = str(rng.choice(NAMES))
+        return [passkey_fact(draw_key(rng, 5, "test")) for _ in range(count)]
+    names = map(str, rng.choice(NAMES, count, replace=False))
     if kind == "key":
-        return named_key_fact(name, draw_key(rng, 5, "test"))
-    return named_word_fact(name, str(rng.choice(WORDS)))
+        return [named_key_fact(name, draw_key(rng, 5, "test")) for name in names]
+    words = map(str, rng.choice(WORDS, count, replace=False))
+    return [named_word_fact(name, word) for name, word in zip(names, words, strict=True)]
 
 
-def build_prompt(rng, kind, haystack, text, characters, depth, state=True):
-    """A prompt of about `characters` characters with one fact at `depth` (or, as a control, nowhere), and the fact."""
-    fact = draw_fact(rng, kind)
-    room = max(0, characters - len(fact.statement) - len(fact.prompt) - 4)
+def build_prompt(rng, kind, haystack, text, characters, depth, facts=1, state=True):
+    """A prompt of about `characters` characters that asks for one fact at `depth` (or, as a control, nowhere).
+
+    Other facts of the same kind lie at random depths. Returns the prompt and the fact asked for.
+    """
+    asked, *others = draw_facts(rng, kind, facts)
+    hidden = [(depth, asked)] * state + [(rng.random(), fact) for fact in others]
+    room = max(0, characters - sum(len(fact.statement) + 2 for _, fact in hidden) - len(asked.prompt))
     if haystack == "grass":
         filler = grass_filler(room, int(rng.integers(0, 90)))
     else:
         start = int(rng.integers(0, max(1, len(text) - room)))
         filler = text[start : start + room]
-    body = hide([fact], filler, [depth], "\n") if state else filler
-    return f"{body}\n{fact.prompt}", fact
+    body = hide([fact for _, fact in hidden], filler, [place for place, _ in hidden], "\n")
+    return f"{body}\n{asked.prompt}", asked
 
 
 @torch.no_grad()
-def context_recall(model, tokenizer, text, tokens, samples, kinds=KINDS, depths=DEPTHS, seed=0, state=True):
+def context_recall(model, tokenizer, text, tokens, samples, kinds=KINDS, depths=DEPTHS, seed=0, facts=1, state=True):
     """Ask a model for facts inside its context, in novel text and in grass filler.
 
     Args:
@@ -84,7 +89,8 @@ def context_recall(model, tokenizer, text, tokens, samples, kinds=KINDS, depths=
         kinds (`tuple[str]`, *optional*): `"passkey"`, `"key"` (named keys), `"word"` (named words).
         depths (`tuple[float]`, *optional*): where the fact lies, 0 at the start.
         seed (`int`, *optional*, defaults to `0`): of every draw.
-        state (`bool`, *optional*, defaults to `True`): whether the fact is stated; without it only chance is left.
+        facts (`int`, *optional*, defaults to `1`): facts of the kind in a prompt, of which one is asked for.
+        state (`bool`, *optional*, defaults to `True`): whether the fact asked for is stated; if not, chance is left.
 
     Returns:
         `list[RecallSample]`
@@ -97,7 +103,7 @@ def context_recall(model, tokenizer, text, tokens, samples, kinds=KINDS, depths=
             characters = int(tokens * (4.0 if haystack == "grass" else 3.2))
             for depth in depths:
                 for _ in range(samples):
-                    prompt, fact = build_prompt(rng, kind, haystack, text, characters, depth, state)
+                    prompt, fact = build_prompt(rng, kind, haystack, text, characters, depth, facts, state)
                     ids = tokenizer(prompt, return_tensors="pt")["input_ids"]
                     out = model.generate(ids, max_new_tokens=10, do_sample=False, attention_mask=torch.ones_like(ids))
                     answer = first_answer(tokenizer.decode(out[0, ids.shape[1] :]), kind)
