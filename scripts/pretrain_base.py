@@ -3,9 +3,9 @@
     python scripts/pretrain_base.py --config configs/pretrain/tiny_llama_1_text.yaml --train_folder NOVELS/train
 
 and then with tiny_llama_2_copy, tiny_llama_3_recall, tiny_llama_4_names and tiny_llama_5_mixed: stages, because a
-model this small does not learn to copy from long rows of text. After the text come short rows with one fact, long rows,
-short rows with facts to tell apart by name, and the full mix. Each config says which checkpoint it goes on from. A run
-resumes from the last checkpoint in its `output_dir`, and leaves the bfloat16 model and its tokenizer in
+model this small does not learn to copy from long rows of text. After the text come short rows with one fact, long
+rows, short rows with facts to tell apart by name, and the full mix. Each config says which checkpoint it goes on
+from. A run resumes from the last checkpoint in its `output_dir`, and leaves the bfloat16 model and its tokenizer in
 `OUTPUT_DIR/final`. Run `scripts/evaluate_base.py` on the last one for the model card.
 """
 
