@@ -118,6 +118,12 @@ def read_patch(directory):
     return InfiniConfig.from_dict(json.loads(json.loads(metadata["fingerprint"])["patch"]))
 
 
+def read_dtype(directory):
+    """The dtype, as `"float32"`, of the model that wrote a snapshot."""
+    tensors, _ = read_file(Path(directory) / FILE_NAME)
+    return str(tensors["layers.0.keys"].dtype).removeprefix("torch.")
+
+
 def collect_tensors(cache):
     """All tensors of the state, on the CPU, by the name they have in the file."""
     tensors = {}

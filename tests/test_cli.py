@@ -115,6 +115,20 @@ def test_another_file_is_refused_while_one_is_unfinished(run, book, memory, tmp_
         run("read", "tiny-llama", other, "--memory", memory, *EXACT)
 
 
+def test_a_memory_is_gone_on_with_in_its_own_dtype(run, book, memory):
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
+    question = ("ask", "tiny-llama", "And then", "--memory", memory, "--max-new-tokens", "4")
+    assert run(*question, "--threads", "1").exit_code == 0
+    assert run("read", "tiny-llama", book, "--memory", memory, "--threads", "1").exit_code == 0
+
+
+def test_a_file_in_the_place_of_the_memory_and_a_device_that_is_not_there_are_refused_at_once(run, book):
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        run("read", "tiny-llama", book, "--memory", book)
+    with pytest.raises(ValueError, match="--device nonsense: is not to be had here"):
+        run("read", "tiny-llama", book, "--memory", book.parent / "memory", "--device", "nonsense")
+
+
 def test_other_options_than_those_of_the_memory_are_refused(run, book, memory):
     run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
     assert run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT).exit_code == 0

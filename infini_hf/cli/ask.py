@@ -8,7 +8,7 @@ import typer
 from transformers import TextStreamer
 
 from ..cache import InfiniCache
-from ..snapshot import read_patch
+from ..snapshot import read_dtype, read_patch
 from ..streaming import generate
 from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, load
 
@@ -17,8 +17,10 @@ def ask(
     model: Annotated[str, MODEL],
     prompt: Annotated[str, typer.Argument(help="What the text goes on with: a question, or its next words.")],
     memory: Annotated[Path, MEMORY],
-    max_new_tokens: int = typer.Option(100, help="Tokens to write."),
-    temperature: float = typer.Option(0.0, help="0 is greedy; the paper's BookSum setting is 0.5 with top-p 0.95."),
+    max_new_tokens: int = typer.Option(100, min=1, help="Tokens to write."),
+    temperature: float = typer.Option(
+        0.0, min=0.0, help="0 is greedy; the paper's BookSum setting is 0.5 with top-p 0.95."
+    ),
     top_p: float = typer.Option(0.95, help="Nucleus sampling, when the temperature is not 0."),
     seed: int = typer.Option(0, help="Seed of the sampling."),
     save: bool = typer.Option(False, "--save", help="Keep question and answer in the memory, for the next turn."),
@@ -27,6 +29,7 @@ def ask(
     threads: int = THREADS,
 ):
     """Continue a saved memory with a prompt. The snapshot stays as it is, unless --save is given."""
+    dtype = read_dtype(memory) if dtype == "auto" else dtype
     language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads)
     cache = InfiniCache.from_pretrained(memory, model=language_model)
     torch.manual_seed(seed)

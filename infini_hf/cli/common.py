@@ -12,7 +12,7 @@ from ..auto import AutoInfiniModelForCausalLM
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
-DTYPE = typer.Option("auto", help="Weights' dtype: auto (the checkpoint's), float32, bfloat16, float16.")
+DTYPE = typer.Option("auto", help="Weights' dtype: auto (the memory's or checkpoint's), float32, bfloat16, float16.")
 DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by default.")
 THREADS = typer.Option(0, help="CPU threads; 0 leaves torch's choice.")
 
@@ -25,6 +25,10 @@ def load(model, infini_config, dtype, device, threads):
     transformers_logging.disable_progress_bar()
     name = resolve(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {device}: is not to be had here ({error}); leave the option out") from error
     loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
     return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
 

@@ -30,16 +30,18 @@ def installed_text():
 def demo(
     text: Path = typer.Option(None, help="A text to read; by default one that every Python installation carries."),
     memory: Path = typer.Option(None, help="Keep the memory snapshot in this folder; a temporary one by default."),
-    new_tokens: int = typer.Option(80, help="Tokens to write at the end."),
-    max_tokens: int = typer.Option(0, help="Stop reading after this many tokens; 0 reads everything."),
+    new_tokens: int = typer.Option(80, min=1, help="Tokens to write at the end."),
+    max_tokens: int = typer.Option(0, min=0, help="Stop reading after this many tokens; 0 reads everything."),
     seed: int = typer.Option(0, help="Seed of the continuation."),
     threads: int = THREADS,
 ):
     """Patch the shipped checkpoint, stream a whole text through it, save the memory, reload it and continue the text.
 
     Offline, on the CPU. The table shows what matters of a stream: the state and the speed do not change with the
-    position, and perplexity stays what it is. The checkpoint is not trained to use its memory (its gates are zero), so
-    what it writes is carried by the local window; the memory is written, saved and reloaded all the same.
+    position; inside a segment the state also holds the tokens of the open one. Perplexity follows the text, which by
+    default is nothing like the novels that the checkpoint was trained on. The checkpoint is not trained to use its
+    memory (its gates are zero), so what it writes is carried by the local window; the memory is written, saved and
+    reloaded all the same.
     """
     console = Console()
     model, tokenizer = load("tiny-llama", PATCH, "float32", "cpu", threads)

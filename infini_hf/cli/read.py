@@ -11,7 +11,7 @@ from transformers import AutoConfig
 from ..assets import resolve
 from ..cache import InfiniCache
 from ..config import InfiniConfig
-from ..snapshot import FILE_NAME, read_patch
+from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
 from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, read_text
 
@@ -30,8 +30,8 @@ def read(
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise; by default 0."),
     memory_update: str = typer.Option(None, help="linear (default) or delta, likewise."),
     feature_map: str = typer.Option(None, help="elu (default) or exp, likewise."),
-    chunk_size: int = typer.Option(8192, help="Tokens in one forward: speed and peak memory only."),
-    save_every: int = typer.Option(262_144, help="Tokens between two writes of the snapshot."),
+    chunk_size: int = typer.Option(8192, min=1, help="Tokens in one forward: speed and peak memory only."),
+    save_every: int = typer.Option(262_144, min=1, help="Tokens between two writes of the snapshot."),
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,
@@ -42,7 +42,10 @@ def read(
     it stopped; name further files and they are read after the earlier ones.
     """
     texts = [read_text(file) for file in files]
+    if memory.exists() and not memory.is_dir():
+        raise ValueError(f"--memory {memory}: is a file; name a folder, which is made if it is not there")
     resume = (memory / FILE_NAME).is_file()
+    dtype = read_dtype(memory) if resume and dtype == "auto" else dtype
     asked = {
         "segment_length": segment_length,
         "overlap": overlap,
