@@ -64,6 +64,9 @@ def save_snapshot(cache, directory):
     metadata["checksum"] = checksum(tensors, metadata)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
+    # What an earlier process left when it was killed in the middle of writing.
+    for leftover in directory.glob(f".{FILE_NAME}.*"):
+        leftover.unlink()
     partial = directory / f".{FILE_NAME}.{os.getpid()}"
     try:
         save_file(tensors, partial, metadata=metadata)

@@ -199,6 +199,13 @@ def test_what_does_not_change_the_numbers_is_not_another_model(llama, saved):
     assert InfiniCache.from_pretrained(saved, model=llama).seen == LENGTHS
 
 
+def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
+    model = build_patched("llama", segment_length=8)
+    (tmp_path / ".memory.safetensors.1").write_bytes(b"half a file")
+    prefill(model, random_ids(1, 20), progress=False).save_pretrained(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
+
+
 def test_a_lora_switched_off_or_changed_is_another_model(llama, tmp_path):
     peft_model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"], init_lora_weights=False)).eval()
     open_gates(llama)
