@@ -8,9 +8,11 @@ the ratios are what carries over to another machine.
 
 import argparse
 import copy
+import multiprocessing
 import platform
 import statistics
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -143,7 +145,7 @@ def main():
     parser.add_argument("--only", choices=["prefill", "decode", "memory"], default=None)
     parser.add_argument("--output", type=Path, default=None, help="markdown file for the tables")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    spawn = multiprocessing.get_context("spawn")
     sections = {
         "Prefill against independent blocks of one segment": ("prefill", prefill_rows),
         "Decoding near and far": ("decode", decode_rows),
@@ -158,7 +160,11 @@ def main():
     ]
     for title, (name, measure) in sections.items():
         if args.only in (None, name):
-            lines += ["", f"## {title}", "", *measure(args)]
+            # Each in a process of its own: what an earlier section left resident would hide the growth of a later one.
+            with ProcessPoolExecutor(
+                1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(args.threads,)
+            ) as pool:
+                lines += ["", f"## {title}", "", *pool.submit(measure, args).result()]
     text = "\n".join(lines) + "\n"
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -681,8 +681,11 @@ def test_offload_and_prefetch_move_every_tensor(llama):
             assert torch.equal(tensor, before[name]), name
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="on the CPU there is nowhere to offload to")
 def test_an_offloaded_cache_changes_nothing(llama):
-    ids = random_ids(2, SEGMENT + 1)
+    llama.cuda()
+    ids = random_ids(2, SEGMENT + 1).cuda()
     expected = llama.generate(ids, max_new_tokens=BOUNDARIES, do_sample=False)
     offloaded = llama.generate(ids, max_new_tokens=BOUNDARIES, do_sample=False, cache_implementation="offloaded")
     assert torch.equal(offloaded, expected)
