@@ -11,6 +11,8 @@ __all__ = [
     "AutoInfiniModelForCausalLM",
     "InfiniCache",
     "InfiniConfig",
+    "InfiniTrainer",
+    "InfiniTrainingArguments",
     "__version__",
     "generate",
     "is_patched",
@@ -20,3 +22,16 @@ __all__ = [
     "score",
     "unpatch_model",
 ]
+
+
+def __getattr__(name):
+    # The trainer brings the whole training stack with it, seconds that a reader need not wait for.
+    if name == "InfiniTrainer":
+        from .trainer import InfiniTrainer
+
+        return InfiniTrainer
+    if name == "InfiniTrainingArguments":
+        from .training_args import InfiniTrainingArguments
+
+        return InfiniTrainingArguments
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -33,6 +33,11 @@ def global_layers(config):
     return [index for index, layer in enumerate(DynamicCache(config=config).layers) if not layer.is_sliding]
 
 
+def tensor_names(layer):
+    """The attributes of a cache layer that hold its state."""
+    return InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values")
+
+
 class InfiniCache(Cache):
     """The memory state of a patched model, passed as `past_key_values`. Its size does not depend on what was read.
 
@@ -151,6 +156,51 @@ class InfiniCache(Cache):
         self.padding = self.reader = None
         self.notes = {}
 
+    def reset_rows(self, rows):
+        """Forget some rows, as where a new document begins in them; the others stay.
+
+        Args:
+            rows (`torch.Tensor`): `(batch,)` bool, true for the rows to forget.
+
+        Raises:
+            ValueError: when the cache holds another number of rows.
+        """
+        if not self.seen:
+            return
+        if rows.shape != (len(self.seen),):
+            raise ValueError(f"rows of shape {tuple(rows.shape)}: the cache holds {len(self.seen)} rows")
+        if not bool(rows.any()):
+            return
+        if bool(rows.all()):
+            self.reset()
+            return
+        for layer in self.infini_layers.values():
+            layer.reset_rows(rows)
+        if self.fresh:
+            # Stock layers cannot drop a row's columns: from here on they are padding.
+            held = max(layer.get_mask_sizes(1)[0] - 1 for layer in self.stock_layers.values())
+            padding = torch.ones(rows.shape[0], held, dtype=torch.bool, device=rows.device)
+            if self.padding is not None:
+                known = self.padding[:, : self.padding.shape[1] - (self.padding_end - self.columns)]
+                known = known[:, max(0, known.shape[1] - held) :].to(rows.device)
+                padding[:, held - known.shape[1] :] = known
+            self.padding, self.padding_end = padding & ~rows[:, None], self.columns
+
+    def tensors(self):
+        """The state as a tuple of tensors, for a function that must take and return it: see [`with_tensors`]."""
+        return tuple(
+            getattr(layer, name) for layer in self.layers if layer.is_initialized for name in tensor_names(layer)
+        )
+
+    def with_tensors(self, tensors):
+        """A copy of this cache that holds `tensors`, as from [`tensors`], in place of its own."""
+        twin, remaining = copy.copy(self), iter(tensors)
+        for layer in twin.layers:
+            if layer.is_initialized:
+                for name in tensor_names(layer):
+                    setattr(layer, name, next(remaining))
+        return twin
+
     def reorder_cache(self, beam_idx):
         super().reorder_cache(beam_idx)
         self._select_padding(beam_idx)
@@ -188,12 +238,7 @@ class InfiniCache(Cache):
 
     def state_bytes(self):
         """`int`: bytes of all tensors of the state."""
-        total = 0
-        for layer in self.layers:
-            names = InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values")
-            if layer.is_initialized:
-                total += sum(getattr(layer, name).nbytes for name in names)
-        return total
+        return sum(tensor.nbytes for tensor in self.tensors())
 
     def save_pretrained(self, directory):
         """Write a memory snapshot; see [`infini_hf.snapshot.save_snapshot`]."""

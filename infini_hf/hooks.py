@@ -193,13 +193,13 @@ def stock_masks(decoder, mask, batch, columns, cache, device):
     layers = (cache if cache is not None else DynamicCache(config=decoder.config)).layers
     past = 0 if cache is None else cache.columns
     warn_of_positions(decoder, past + columns, columns)
-    warn_of_inner_padding(decoder, mask, cache)
     dtype = decoder.get_input_embeddings().weight.dtype
     kinds = {}
     for index in stock:
         kinds.setdefault(bool(layers[index].is_sliding), layers[index])
     widest = max(layer.get_mask_sizes(columns)[0] for layer in kinds.values())
     padding = remember_padding(cache, mask, batch, columns, widest, device)
+    warn_of_inner_padding(decoder, padding, columns, cache)
     masks = {"full_attention": unused, "sliding_attention": unused}
     for sliding, layer in kinds.items():
         length = layer.get_mask_sizes(columns)[0]
@@ -247,15 +247,21 @@ def warn_of_positions(decoder, position, columns):
         )
 
 
-def warn_of_inner_padding(decoder, mask, cache):
-    """Stock sliding layers count columns: padding after a row's first token takes places in their window."""
-    if mask is None or bool(mask.all()):
+def warn_of_inner_padding(decoder, padding, columns, cache):
+    """Stock sliding layers count columns: padding between two tokens of a row takes places in their window.
+
+    `padding` is `(batch, held + columns)` bool, false at padding, or `None`. What stands right of a row's last token
+    does no harm.
+    """
+    if padding is None or bool(padding.all()):
         return
-    seen = cache.seen if cache is not None and cache.seen else (0,) * mask.shape[0]
-    started = torch.tensor(seen, device=mask.device)[:, None] + mask.long().cumsum(1) > 0
-    if bool((started & ~mask).any()):
+    seen = cache.seen if cache is not None and cache.seen else (0,) * padding.shape[0]
+    held = padding[:, : padding.shape[1] - columns].sum(1)
+    started = (torch.tensor(seen, device=padding.device) > held)[:, None] | (padding.long().cumsum(1) > 0)
+    inner = (started & ~padding).long().cumsum(1) > 0
+    if bool((inner & padding)[:, -columns:].any()):
         logger.warning(
-            "padding after a row's first token: the layers of %s that the patch leaves stock count it in their "
+            "padding between the tokens of a row: the layers of %s that the patch leaves stock count it in their "
             "window, so such a row is not exactly the row alone; read rows of different length in caches of their own",
             type(decoder).__name__,
         )

@@ -79,6 +79,16 @@ class InfiniLayer(CacheLayerMixin):
     def reset(self):
         self.__init__(self.infini_config)
 
+    def reset_rows(self, rows):
+        """Forget the rows of a `(batch,)` bool tensor; the others stay as they are."""
+        if not self.is_initialized:
+            return
+        self.seen = tuple(0 if forget else seen for seen, forget in zip(self.seen, rows.tolist(), strict=True))
+        rows = rows.to(self.memory.device)
+        self.memory = self.memory.masked_fill(rows.view(-1, 1, 1, 1), 0.0)
+        self.memory_norm = self.memory_norm.masked_fill(rows.view(-1, 1, 1), 0.0)
+        self._narrow_window()
+
     def _select_rows(self, index):
         if not self.is_initialized:
             return
@@ -88,7 +98,10 @@ class InfiniLayer(CacheLayerMixin):
         else:
             self.seen = tuple(self.seen[row] for row in index.tolist())
         self.map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
-        # The rows left may all hold less than the widest of the rows before.
+        self._narrow_window()
+
+    def _narrow_window(self):
+        """Drop columns that no row needs: those left may all hold less than the widest of the rows before."""
         widest = max(map(self.infini_config.window_length, self.seen), default=0)
         spare = self.keys.shape[2] - widest
         self.keys, self.values = self.keys[:, :, spare:], self.values[:, :, spare:]

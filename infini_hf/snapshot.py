@@ -11,7 +11,7 @@ from accelerate.utils import align_module_device
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from .cache import infini_config_of
+from .cache import infini_config_of, tensor_names
 from .config import InfiniConfig
 from .layer_state import InfiniLayer
 from .version import __version__
@@ -52,27 +52,35 @@ def save_snapshot(cache, directory):
         )
     tensors = collect_tensors(cache)
     check_finite(tensors, "the cache")
-    metadata = {
-        "format": FORMAT,
-        "version": __version__,
-        "fingerprint": json.dumps(fingerprint(decoder)),
+    metadata = {"fingerprint": json.dumps(fingerprint(decoder)), **state_metadata(cache)}
+    write_file(Path(directory) / FILE_NAME, tensors, metadata)
+
+
+def state_metadata(cache):
+    """What a state is beside its tensors, as texts."""
+    return {
         "seen": json.dumps(cache.seen),
         "columns": json.dumps(cache.columns),
         "lengths": json.dumps({index: layer.get_seq_length() for index, layer in cache.stock_layers.items()}),
         "notes": json.dumps(cache.notes),
+        "dtype": str(cache.layers[0].keys.dtype).removeprefix("torch."),
     }
+
+
+def write_file(path, tensors, metadata):
+    """Write tensors with their metadata and a checksum of both, whole or not at all."""
+    metadata = {"format": FORMAT, "version": __version__, **metadata}
     metadata["checksum"] = checksum(tensors, metadata)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     # What an earlier process left when it was killed in the middle of writing.
-    for leftover in directory.glob(f".{FILE_NAME}.*"):
+    for leftover in path.parent.glob(f".{path.name}.*"):
         leftover.unlink()
-    partial = directory / f".{FILE_NAME}.{os.getpid()}"
+    partial = path.parent / f".{path.name}.{os.getpid()}"
     try:
         save_file(tensors, partial, metadata=metadata)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, directory / FILE_NAME)
+        os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -95,13 +103,18 @@ def load_snapshot(cache, directory, model):
     tensors, metadata = read_file(path)
     decoder = model.get_decoder()
     check_fingerprint(path, json.loads(metadata["fingerprint"]), fingerprint(decoder))
+    check_contents(path, tensors, metadata)
+    fill(cache, tensors, metadata, decoder)
+    return cache
+
+
+def check_contents(path, tensors, metadata):
+    """Raise when a file is not what was written."""
     if checksum(tensors, metadata) != metadata["checksum"]:
         raise ValueError(
             f"{path}: the contents do not match their checksum, so the file is damaged: read the text again"
         )
     check_finite(tensors, path)
-    fill(cache, tensors, metadata, decoder)
-    return cache
 
 
 def check_finite(tensors, place):
@@ -117,42 +130,47 @@ def read_patch(directory):
     Raises:
         ValueError: when the snapshot is not there or cannot be read.
     """
-    _, metadata = read_file(Path(directory) / FILE_NAME)
+    metadata = read_metadata(Path(directory) / FILE_NAME)
     return InfiniConfig.from_dict(json.loads(json.loads(metadata["fingerprint"])["patch"]))
 
 
 def read_dtype(directory):
     """The dtype, as `"float32"`, of the model that wrote a snapshot."""
-    tensors, _ = read_file(Path(directory) / FILE_NAME)
-    return str(tensors["layers.0.keys"].dtype).removeprefix("torch.")
+    return read_metadata(Path(directory) / FILE_NAME)["dtype"]
 
 
 def collect_tensors(cache):
     """All tensors of the state, on the CPU, by the name they have in the file."""
     tensors = {}
     for index, layer in enumerate(cache.layers):
-        for name in InfiniLayer.TENSORS if isinstance(layer, InfiniLayer) else ("keys", "values"):
+        for name in tensor_names(layer):
             tensors[f"layers.{index}.{name}"] = getattr(layer, name).detach().cpu().contiguous()
     if cache.padding is not None:
         tensors["padding"] = cache.padding.cpu().contiguous()
     return tensors
 
 
-def read_file(path):
-    """Tensors and metadata of a snapshot file."""
+def read_metadata(path):
+    """The metadata of a snapshot file; the tensors stay on the disk."""
+    return read_file(path, names=())[1]
+
+
+def read_file(path, names=None):
+    """Tensors (all, or those named) and metadata of a snapshot file."""
     if not path.is_file():
         raise ValueError(f"{path}: no memory snapshot is there; write one with cache.save_pretrained(directory)")
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no mapping)
+            names = list(file.keys()) if names is None else names
+            tensors = {name: file.get_tensor(name) for name in names}
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"{path}: cannot be read, so it is damaged or truncated ({error}): read the text again"
         ) from error
     if metadata.get("format") != FORMAT:
         raise ValueError(f"{path}: is no memory snapshot of this format ({metadata.get('format')!r}, not {FORMAT!r})")
-    absent = sorted({"fingerprint", "seen", "columns", "lengths", "notes", "checksum"} - metadata.keys())
+    absent = sorted({"fingerprint", "seen", "columns", "lengths", "notes", "dtype", "checksum"} - metadata.keys())
     if absent:
         raise ValueError(f"{path}: lacks {absent}, so it is damaged: read the text again")
     return tensors, metadata

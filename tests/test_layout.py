@@ -13,17 +13,18 @@ PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
     "version assets data",
-    "config memory segments gate inputs",
+    "config memory segments gate inputs segment_step training_args",
     "layer_state",
     "cache",
-    "attention snapshot",
-    "families",
+    "attention snapshot checkpoints",
+    "families lanes",
     "hooks",
     "patching",
     "auto",
     "streaming",
     "callbacks lora",
     "trainer evaluation",
+    "model_card",
     "cli",
 )
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row.split()}

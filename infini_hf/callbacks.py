@@ -1,0 +1,189 @@
+"""What training watches: the gates, the memory, the gradient that reaches the writes; and where the lanes stand."""
+
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import TrainerCallback
+
+from .gate import ACTIVATIONS, MemoryGate
+
+logger = logging.getLogger(__name__)
+
+PREFIX = "memory_gate/"
+# An optimizer of Adam's kind moves a logit by about the learning rate a step.
+FAR_ENOUGH = 4.0
+FEWEST_SEGMENTS = 4
+# A head has moved when its gate has left its start by this much, of 1.
+MOVED = 0.01
+
+
+class MemoryGateCallback(TrainerCallback):
+    """Watches the gates of a run, warns when they cannot move, and draws them at the end.
+
+    For each layer: the mean and the extremes of the gates `g`, the share of heads whose gate has moved by more than
+    0.01, and, from [`InfiniTrainer`], the norm of the memory and that of the gradient reaching the writes.
+
+    Args:
+        plot (`bool`, *optional*, defaults to `True`): draw `memory_gates.png` into the output folder at the end.
+    """
+
+    def __init__(self, plot=True):
+        self.plot = plot
+        self.start = None
+        self.memory_norms = {}
+        self.write_gradients = defaultdict(float)
+        self.checked = False
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        # A resumed run measures from where it began first.
+        self.start = gate_values(model) if self.start is None else self.start
+        gates = {id(parameter) for gate in live_gates(model).values() for parameter in gate.parameters()}
+        # The rate that a schedule leads to: it begins at zero when it warms up.
+        rates = [
+            group.get("initial_lr", group["lr"])
+            for group in optimizer.param_groups
+            if any(id(parameter) in gates for parameter in group["params"])
+        ]
+        # A wrapped optimizer may hold copies of the parameters: then there is nothing to say.
+        rate = max(rates, default=None)
+        if rate is not None and rate * state.max_steps < FAR_ENOUGH:
+            logger.warning(
+                "the gates can hardly move: learning rate %g × %d steps = %.2g, and a gate has to travel about %g. "
+                "Raise memory_gate_learning_rate, or train for more steps",
+                rate,
+                state.max_steps,
+                rate * state.max_steps,
+                FAR_ENOUGH,
+            )
+
+    def check_row(self, segments, segment_length):
+        """Warn, once, when rows are too short for a memory to be learned from."""
+        if segments < FEWEST_SEGMENTS and not self.checked:
+            logger.warning(
+                "rows of %d segments of %d tokens: a memory is learned from what is read back later, and fewer than "
+                "%d segments a row leave little of it. Use longer rows or shorter segments",
+                segments,
+                segment_length,
+                FEWEST_SEGMENTS,
+            )
+        self.checked = True
+
+    def watch(self, index, cache):
+        """Note the gradient that reaches what the segments before `index` have written."""
+        if not index:
+            self.write_gradients.clear()
+            return
+        for layer_index, layer in cache.infini_layers.items():
+            if layer.memory.requires_grad:
+                layer.memory.register_hook(lambda gradient, at=layer_index: self._add(at, gradient))
+
+    def _add(self, layer_index, gradient):
+        self.write_gradients[layer_index] += gradient.detach().float().norm()
+
+    def note_memory(self, cache):
+        """Keep the norms of the memories after a row."""
+        self.memory_norms = {
+            index: layer.memory.detach().flatten(1).norm(dim=1).mean() for index, layer in cache.infini_layers.items()
+        }
+
+    def metrics(self, model):
+        """What is logged: `{"memory_gate/layer_0/mean": …}` and the like, and the summary `memory_gate/moved`."""
+        values, metrics, moved = gate_values(model), {}, []
+        for index, gates in values.items():
+            name = f"{PREFIX}layer_{index}/"
+            shift = torch.zeros_like(gates) if self.start is None else (gates - self.start[index]).abs()
+            moved.append((shift > MOVED).float().mean().item())
+            metrics |= {
+                f"{name}mean": gates.mean().item(),
+                f"{name}min": gates.min().item(),
+                f"{name}max": gates.max().item(),
+                f"{name}moved": moved[-1],
+            }
+            if index in self.memory_norms:
+                metrics[f"{name}memory_norm"] = float(self.memory_norms[index])
+            if index in self.write_gradients:
+                metrics[f"{name}write_gradient"] = float(self.write_gradients[index])
+        metrics["memory_gate_moved"] = sum(moved) / max(1, len(moved))
+        return metrics
+
+    def on_train_end(self, args, state, control, model=None, **kwargs):
+        if not self.plot:
+            return
+        values = gate_values(model)
+        if state.is_world_process_zero and values:
+            draw_gates(values, Path(args.output_dir) / "memory_gates.png")
+
+
+class LaneCallback(TrainerCallback):
+    """Brings the lanes of a resumed run back, and tells the sampler its epoch, whatever wraps it.
+
+    Args:
+        trainer ([`InfiniTrainer`]): whose lanes.
+    """
+
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        # Not earlier: the layers are on their devices only now.
+        self.trainer.restore_lanes(model)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        if self.trainer.lane_sampler is not None:
+            self.trainer.lane_sampler.set_epoch(int(state.epoch or 0))
+
+
+def quiet(kind):
+    """A console callback of class `kind` that leaves the numbers of single layers to the log files."""
+
+    class Quiet(kind):
+        def on_log(self, args, state, control, logs=None, **kwargs):
+            shown = {name: value for name, value in (logs or {}).items() if not name.startswith(PREFIX)}
+            super().on_log(args, state, control, logs=shown, **kwargs)
+
+    Quiet.__name__ = kind.__name__
+    return Quiet
+
+
+def live_gates(model):
+    """The gate of every patched layer that computes, by the index of the layer; PEFT keeps a frozen copy beside it."""
+    gates = {}
+    for name, module in model.named_modules():
+        if isinstance(module, MemoryGate) and "original_module" not in name:
+            gates[int(name.split(".layers.")[1].split(".")[0])] = module
+    return gates
+
+
+@torch.no_grad()
+def gate_values(model):
+    """`{layer: (num_heads,) float32}` on the CPU: the gates `g`, 0 for local attention alone, 1 for memory alone."""
+    values = {}
+    for index, gate in live_gates(model).items():
+        bias = gate.bias.full_tensor() if isinstance(gate.bias, DTensor) else gate.bias
+        values[index] = ACTIVATIONS[gate.kind](bias.float()).cpu()
+    return values
+
+
+def draw_gates(values, path):
+    """Draw the layer × head map of `{layer: (num_heads,)}` into a PNG; without matplotlib, say so and go on."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        logger.warning("no picture of the gates: install matplotlib (pip install 'infini_hf[plot]')")
+        return
+    table = torch.stack([values[index] for index in sorted(values)]).numpy()
+    figure = Figure(figsize=(2 + 0.35 * table.shape[1], 1.5 + 0.3 * table.shape[0]), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    reach = max(0.01, float(abs(table).max()))
+    image = axes.imshow(table, cmap="RdBu_r", vmin=-reach, vmax=reach, aspect="auto")
+    axes.set_xticks(range(table.shape[1]))
+    axes.set_yticks(range(len(values)), [str(index) for index in sorted(values)])
+    axes.set(xlabel="head", ylabel="layer", title="memory gates: 0 local attention alone, 1 memory alone")
+    figure.colorbar(image, ax=axes)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=120)

@@ -1,0 +1,105 @@
+"""Checkpoints of a training run: which are whole, and whether one can be continued by what is asked now."""
+
+import json
+import logging
+import re
+from pathlib import Path
+
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from .cache import infini_config_of
+from .config import InfiniConfig
+
+logger = logging.getLogger(__name__)
+
+NAME = re.compile(PREFIX_CHECKPOINT_DIR + r"-(\d+)")
+RECORD = "infini_training.json"
+
+
+def is_whole(folder):
+    """Whether the checkpoint was written to its end: the trainer writes its state file last."""
+    try:
+        json.loads((Path(folder) / TRAINER_STATE_NAME).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def resolve_checkpoint(asked, output_dir):
+    """The folder to resume from, or `None`.
+
+    Args:
+        asked (`bool` or `str`, *optional*): what `train(resume_from_checkpoint=...)` was given.
+        output_dir (`str`): where the run writes.
+
+    Returns:
+        `str` or `None`
+
+    Raises:
+        ValueError: when there is no such checkpoint, or it is not whole.
+    """
+    if not asked:
+        return None
+    if asked is not True:
+        if not is_whole(asked):
+            raise ValueError(f"{asked}: is no whole checkpoint ({TRAINER_STATE_NAME} is missing or broken)")
+        return str(asked)
+    folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(folder.name)]
+    for folder in sorted(folders, key=lambda folder: int(NAME.fullmatch(folder.name)[1]), reverse=True):
+        if is_whole(folder):
+            return str(folder)
+        logger.warning("%s was not written to its end: going back to the one before", folder)
+    raise ValueError(
+        f"output_dir {str(output_dir)!r} holds no whole checkpoint: start without resume_from_checkpoint, or name one"
+    )
+
+
+def record_run(folder, trainer):
+    """Note beside a checkpoint what its continuation must have in common with it."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / RECORD).write_text(json.dumps(describe(trainer), indent=2) + "\n", encoding="utf-8")
+
+
+def describe(trainer):
+    args = trainer.args
+    return {
+        "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
+        "carry_memory": args.carry_memory,
+        "lanes": args.train_batch_size,
+        "processes": args.world_size,
+        "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
+    }
+
+
+def check_resume(folder, trainer):
+    """Refuse a checkpoint of another patch, or of other lanes; the record of the run otherwise.
+
+    Raises:
+        ValueError: names what differs.
+    """
+    path = Path(folder) / RECORD
+    if not path.is_file():
+        raise ValueError(
+            f"{folder}: was not written by InfiniTrainer ({RECORD} is missing): load its weights with "
+            "AutoInfiniModelForCausalLM and start a new run"
+        )
+    theirs, ours = json.loads(path.read_text(encoding="utf-8")), describe(trainer)
+    was, now = (InfiniConfig.from_dict(side["infini_attention"]) for side in (theirs, ours))
+    if was != now:
+        raise ValueError(
+            f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
+            "resume, or load the weights and start a new run"
+        )
+    if theirs["carry_memory"] != ours["carry_memory"]:
+        raise ValueError(
+            f"{folder}: was trained with carry_memory={theirs['carry_memory']}, and this run has "
+            f"carry_memory={ours['carry_memory']}: resume with the same, or start a new run from its weights"
+        )
+    for name, option in (("lanes", "per_device_train_batch_size"), ("processes", "number of processes")):
+        if ours["carry_memory"] and theirs[name] != ours[name]:
+            raise ValueError(
+                f"{folder}: carries the memory of {theirs[name]} {name}, and this run has {ours[name]}: resume "
+                f"with the same {option}"
+            )
+    return theirs

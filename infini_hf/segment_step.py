@@ -1,0 +1,176 @@
+"""One training step, segment after segment: exact backpropagation through time at the activation cost of one.
+
+Every segment but the last is one call of `torch.utils.checkpoint` whose inputs and outputs are the whole carried
+state, so that the graph of a step holds that state once a segment and the activations of the segment at work alone.
+The last segment is the first that the backward pass needs: it keeps its activations, and it is the one call that goes
+through the wrapper of data parallelism, which counts one forward for one backward.
+"""
+
+import contextlib
+from dataclasses import dataclass
+
+import torch
+from torch.autograd.graph import save_on_cpu
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """How the segments of a step are chained.
+
+    Args:
+        bptt_segments (`int`, *optional*): cut the whole carried state every so many segments; `None` never cuts.
+        recompute (`bool`): keep no activations of a segment and compute them again in the backward pass.
+        offload (`bool`): keep the per-segment states on the CPU until the backward pass; with `recompute` alone.
+        label_smoothing (`float`): share of the target that is spread over the vocabulary.
+    """
+
+    bptt_segments: int | None = None
+    recompute: bool = True
+    offload: bool = False
+    label_smoothing: float = 0.0
+
+
+@dataclass
+class Segment:
+    """The columns of one segment: token ids, padding mask and targets, each `(batch, columns)` or `None`."""
+
+    input_ids: torch.Tensor
+    attention_mask: torch.Tensor | None = None
+    targets: torch.Tensor | None = None
+
+
+def shift_labels(labels):
+    """What each position predicts, `(batch, seq_len)` int64; the last position of a row predicts nothing.
+
+    Shifted once on the whole row: labels shifted inside each segment would lose the first token of every one.
+    """
+    return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
+
+
+def cut_segments(input_ids, attention_mask, targets, length, count=None):
+    """Cut a batch into segments of `length` columns, and add segments of padding up to `count`.
+
+    Args:
+        input_ids (`torch.Tensor`): `(batch, seq_len)` int64.
+        attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
+        targets (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, as from [`shift_labels`].
+        length (`int`): columns of a segment.
+        count (`int`, *optional*): segments wanted, so that ranks that share parameters call the model equally often.
+
+    Returns:
+        `list[Segment]`
+    """
+    parts = [None if whole is None else whole.split(length, dim=1) for whole in (input_ids, attention_mask, targets)]
+    segments = [
+        Segment(*(None if part is None else part[index].contiguous() for part in parts))
+        for index in range(len(parts[0]))
+    ]
+    while count is not None and len(segments) < count:
+        ids = input_ids[:, :1]
+        nothing = None if targets is None else torch.full_like(ids, IGNORED)
+        segments.append(Segment(ids, torch.zeros_like(ids), nothing))
+    return segments
+
+
+def segment_major_loss(model, segments, cache, num_items, options=StepOptions(), wrapper=None, watch=None):
+    """The loss of a row read segment after segment, with gradients through the memory.
+
+    Args:
+        model (`torch.nn.Module`): the patched causal model, not wrapped by data parallelism.
+        segments (`list[Segment]`): the segments in order, as from [`cut_segments`].
+        cache ([`InfiniCache`]): what the rows remember; it is not changed.
+        num_items (`int` or `torch.Tensor`): tokens that the sum of the losses is divided by, those of the whole batch.
+        options ([`StepOptions`]): truncation, recomputation, offloading.
+        wrapper (`torch.nn.Module`, *optional*): the model as data parallelism wraps it; the last segment goes through.
+        watch (`Callable`, *optional*): called with the index of a segment and the cache that enters it.
+
+    Returns:
+        `tuple[torch.Tensor, InfiniCache]`: the loss, a float32 scalar, and the cache after the last segment.
+    """
+    total = None
+    for index, segment in enumerate(segments):
+        if options.bptt_segments and index and index % options.bptt_segments == 0:
+            cache = cache.with_tensors(tensor.detach() for tensor in cache.tensors())
+        if watch is not None:
+            watch(index, cache)
+        last = index + 1 == len(segments)
+        target = wrapper if last and wrapper is not None else model
+        loss, cache = read_segment(target, segment, cache, num_items, options, options.recompute and not last)
+        total = loss if total is None else total + loss
+    return total, cache
+
+
+def read_segment(model, segment, cache, num_items, options, recompute):
+    """Loss of one segment and the cache after it."""
+    state = cache.tensors()
+    # What stays alive until the backward pass holds no tensor of the state: those are the arguments.
+    empty = cache.with_tensors(None for _ in state)
+
+    def read(*state):
+        twin = empty.with_tensors(state)
+        return segment_loss(model, segment, twin, num_items, options.label_smoothing), twin
+
+    if not recompute or not torch.is_grad_enabled():
+        return read(*state)
+    # Recomputation saves nothing but its arguments: these are what goes to the CPU.
+    pin = any(tensor.is_cuda for tensor in state)
+    with save_on_cpu(pin_memory=pin) if options.offload else contextlib.nullcontext():
+        return checkpoint(read, *state, use_reentrant=False)
+
+
+def segment_loss(model, segment, cache, num_items, label_smoothing=0.0):
+    """Sum of the losses of a segment's targets over `num_items`; the model's own loss where it has no smoothing."""
+    inputs = {
+        "input_ids": segment.input_ids,
+        "attention_mask": segment.attention_mask,
+        "past_key_values": cache,
+        "use_cache": True,
+    }
+    if not label_smoothing:
+        targets = {"labels": segment.targets, "shift_labels": segment.targets, "num_items_in_batch": num_items}
+        return model(**inputs, **targets).loss
+    logits = model(**inputs).logits.float()
+    summed = F.cross_entropy(
+        logits.flatten(0, 1),
+        segment.targets.flatten().to(logits.device),
+        ignore_index=IGNORED,
+        reduction="sum",
+        label_smoothing=label_smoothing,
+    )
+    return summed / num_items
+
+
+@torch.no_grad()
+def score_segments(model, segments, cache, keep_logits=False):
+    """Loss of every row, at constant memory.
+
+    Args:
+        model (`torch.nn.Module`): the patched causal model.
+        segments (`list[Segment]`): as from [`cut_segments`].
+        cache ([`InfiniCache`]): an empty cache; it holds the rows afterwards.
+        keep_logits (`bool`, *optional*, defaults to `False`): return the logits of the whole row too.
+
+    Returns:
+        `tuple`: summed losses `(batch,)` float32 in nats, numbers of targets `(batch,)` int64, and the logits
+        `(batch, seq_len, vocab_size)` or `None`.
+    """
+    batch, device = segments[0].input_ids.shape[0], segments[0].input_ids.device
+    losses = torch.zeros(batch, device=device)
+    counts = torch.zeros(batch, dtype=torch.int64, device=device)
+    kept = []
+    for segment in segments:
+        logits = model(
+            input_ids=segment.input_ids, attention_mask=segment.attention_mask, past_key_values=cache, use_cache=True
+        ).logits
+        if segment.targets is not None:
+            targets = segment.targets.to(logits.device)
+            parts = F.cross_entropy(logits.float().transpose(1, 2), targets, ignore_index=IGNORED, reduction="none")
+            losses += parts.sum(1).to(device)
+            counts += (segment.targets != IGNORED).sum(1)
+        if keep_logits:
+            kept.append(logits)
+    return losses, counts, torch.cat(kept, dim=1) if keep_logits else None

@@ -1,0 +1,267 @@
+"""`InfiniTrainer`: the stock `Trainer` over rows of any length, read segment after segment through the memory."""
+
+from functools import partial
+
+import torch
+from transformers import Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.utils import is_datasets_available
+
+from .cache import InfiniCache, infini_config_of
+from .callbacks import LaneCallback, MemoryGateCallback, quiet
+from .checkpoints import check_resume, record_run, resolve_checkpoint
+from .data.collator import InfiniCollator
+from .data.lane_order import LaneSampler
+from .gate import MemoryGate
+from .lanes import Lanes
+from .segment_step import StepOptions, cut_segments, score_segments, segment_major_loss, shift_labels
+from .streaming import require_patched
+from .training_args import InfiniTrainingArguments
+
+LANE_COLUMNS = ("document", "part")
+NO_LABELS = (
+    "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
+    "For language modelling add labels equal to input_ids (pack_documents does)"
+)
+
+
+class InfiniTrainer(Trainer):
+    """[`transformers.Trainer`] whose steps carry the memory through rows of any length.
+
+    A row is read segment after segment; the gradient goes back through the whole memory at the activation cost of one
+    segment. Evaluation streams too, and its loss is the mean over all tokens.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        args ([`InfiniTrainingArguments`], *optional*): the arguments.
+        data_collator (`Callable`, *optional*): [`infini_hf.data.collator.InfiniCollator`] by default.
+        kwargs: everything else that `Trainer` takes.
+
+    Raises:
+        TypeError: when `args` are of another kind.
+        ValueError: when the model is not patched.
+        NotImplementedError: for what cannot work segment by segment, by name.
+    """
+
+    def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+        args = InfiniTrainingArguments("trainer_output") if args is None else args
+        if not isinstance(args, InfiniTrainingArguments):
+            raise TypeError(f"args is a {type(args).__name__}: pass infini_hf.InfiniTrainingArguments")
+        if kwargs.get("compute_loss_func") is not None:
+            raise NotImplementedError(
+                "compute_loss_func needs the logits of whole rows, and InfiniTrainer never holds them: use the stock "
+                "Trainer, whose steps are layer-major"
+            )
+        # The stock trainer writes its own value into the config, which is saved with the model.
+        use_cache = None if model is None else require_patched(model).config.use_cache
+        if data_collator is None and kwargs.get("processing_class") is not None:
+            data_collator = InfiniCollator(kwargs["processing_class"])
+        super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
+        config = require_patched(self.model).config
+        config.use_cache = config.use_cache if use_cache is None else use_cache
+        # Smoothing happens in each segment.
+        self.label_smoother = None
+        self.gates = MemoryGateCallback(plot=args.plot_memory_gates)
+        self.add_callback(self.gates)
+        self.add_callback(LaneCallback(self))
+        for kind in (ProgressCallback, PrinterCallback):
+            if (shown := self.pop_callback(kind)) is not None:
+                self.add_callback(quiet(type(shown)))
+        self.options = StepOptions(
+            args.bptt_segments, args.recompute_segments, args.offload_memory_states, args.label_smoothing_factor
+        )
+        self.lanes = Lanes(config)
+        self.lane_sampler = self.lane_file = None
+        self.scored = None
+        self._refuse_what_cannot_work()
+
+    def _refuse_what_cannot_work(self):
+        if self.args.n_gpu > 1:
+            raise NotImplementedError(
+                f"{self.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
+                "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
+            raise NotImplementedError(
+                "context or sequence parallelism of accelerate splits rows: use data parallelism"
+            )
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if plugin is not None and plugin.fsdp_version == 1:
+            raise NotImplementedError(
+                "FSDP1 allows one forward for one backward, and a step reads many segments: set fsdp_version: 2"
+            )
+        if plugin is not None and plugin.activation_checkpointing:
+            raise ValueError(
+                "FSDP activation_checkpointing would write every segment twice: turn it off, InfiniTrainer recomputes "
+                "whole segments (recompute_segments=True)"
+            )
+
+    # Data
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *LANE_COLUMNS]))
+
+    def _get_train_sampler(self, train_dataset=None):
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        if not self.args.carry_memory:
+            return super()._get_train_sampler(dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        columns = [lane_column(dataset, name) for name in LANE_COLUMNS]
+        lanes = self.args.train_batch_size * self.args.world_size
+        self.lane_sampler = LaneSampler(*columns, lanes, seed)
+        return self.lane_sampler
+
+    # Steps
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """The loss of a micro-batch, read segment after segment; see [`infini_hf.segment_step`]."""
+        return super().compute_loss(
+            partial(self._read_rows, model), inputs, return_outputs, num_items_in_batch=num_items_in_batch
+        )
+
+    def _read_rows(self, model, input_ids, labels=None, num_items_in_batch=None, document=None, part=None, **others):
+        if labels is None:
+            raise ValueError(NO_LABELS)
+        segments = self._cut(input_ids, labels, **others)
+        targets = [segment.targets for segment in segments]
+        if num_items_in_batch is None:
+            num_items_in_batch = sum((part != -100).sum() for part in targets)
+        # A batch in which nothing is learned has the loss 0, not 0 / 0.
+        num_items = torch.as_tensor(num_items_in_batch, device=input_ids.device).clamp_min(1)
+        carry = self.args.carry_memory
+        cache = self.lanes.open(document, part) if carry else InfiniCache(self.lanes.config)
+        watch = self.gates.watch if self._logs_this_step() else None
+        self.gates.check_row(len(segments), infini_config_of(self.lanes.config).segment_length)
+        inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
+        loss, cache = segment_major_loss(inner, segments, cache, num_items, self.options, model, watch)
+        if watch is not None:
+            self.gates.note_memory(cache)
+        if carry:
+            self.lanes.close(document, part, cache)
+        return {"loss": loss}
+
+    def _cut(self, input_ids, labels=None, attention_mask=None, **others):
+        """Segments of a batch, equally many on every rank."""
+        if others:
+            raise ValueError(
+                f"the batch has {sorted(others)}, which InfiniTrainer does not read: it takes input_ids, labels, "
+                "attention_mask, document and part; drop the columns, or use the stock Trainer"
+            )
+        length = infini_config_of(self.lanes.config).segment_length
+        count = None
+        if self.args.world_size > 1:
+            # Ranks that share parameters must call the model equally often.
+            columns = torch.tensor(input_ids.shape[1], device=input_ids.device)
+            count = -(-int(self.accelerator.gather(columns).max()) // length)
+        targets = None if labels is None else shift_labels(labels)
+        return cut_segments(input_ids, attention_mask, targets, length, count)
+
+    def _logs_this_step(self):
+        step = self.state.global_step + 1
+        return self.args.logging_strategy != "steps" or step == 1 or step % max(1, self.state.logging_steps) == 0
+
+    def create_optimizer(self, model=None):
+        """The stock optimizer, with the gates in a parameter group of their own."""
+        if self.optimizer is not None:
+            return self.optimizer
+        optimizer = super().create_optimizer(model)
+        gates = trainable_gates(self.model if model is None else model)
+        ids = {id(parameter) for parameter in gates}
+        for group in optimizer.param_groups:
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+        if gates:
+            rate = self.args.memory_gate_learning_rate
+            optimizer.add_param_group({"params": gates, "weight_decay": 0.0, "lr": rate})
+        return optimizer
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            logs = {**logs, **self.gates.metrics(self.model)}
+        super().log(logs, start_time)
+
+    # Evaluation
+
+    def evaluation_loop(self, *args, metric_key_prefix="eval", **kwargs):
+        self.scored = torch.zeros(2, dtype=torch.float64)
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        loss, tokens = self.scored.tolist()
+        if tokens:
+            # The stock value is a mean of means, in which tokens of short rows count for more.
+            output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
+            output.metrics[f"{metric_key_prefix}_tokens"] = int(tokens)
+        return output
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """Loss of a batch, streamed with a memory of its own; logits of whole rows only where they are asked for."""
+        inputs = self._prepare_inputs(inputs)
+        inputs = {name: value for name, value in inputs.items() if name not in LANE_COLUMNS}
+        labels = inputs.get("labels")
+        with self.compute_loss_context_manager():
+            segments = self._cut(**inputs)
+            cache = InfiniCache(self.lanes.config)
+            losses, counts, logits = score_segments(model, segments, cache, not prediction_loss_only)
+        # Rows that were repeated to fill the last batch are left out.
+        sums = self.accelerator.gather_for_metrics(torch.stack([losses.double(), counts.double()], dim=1))
+        if self.scored is not None:
+            self.scored += sums.sum(0).cpu()
+        loss = None if labels is None else losses.sum() / counts.sum().clamp_min(1)
+        if logits is not None:
+            logits = logits[:, : inputs["input_ids"].shape[1]]
+        return loss, logits, labels
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint=None, **kwargs):
+        """[`transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
+
+        Raises:
+            ValueError: when the checkpoint is incomplete, or belongs to another patch or another set of lanes.
+        """
+        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
+        self.gates.start = None
+        if resume_from_checkpoint is not None:
+            record = check_resume(resume_from_checkpoint, self)
+            self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
+        self.lane_file = None if resume_from_checkpoint is None else self._lane_file(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def restore_lanes(self, model):
+        """Begin with empty lanes, or with those of the checkpoint that is resumed."""
+        self.lanes = Lanes(self.lanes.config)
+        if self.args.carry_memory and self.lane_file is not None:
+            self.lanes.load(self.lane_file, require_patched(self.accelerator.unwrap_model(model)).get_decoder())
+
+    def _lane_file(self, folder):
+        return f"{folder}/lanes_{self.args.process_index}.safetensors"
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        if self.args.carry_memory:
+            self.lanes.save(self._lane_file(output_dir))
+        if self.args.should_save:
+            record_run(output_dir, self)
+        # The state file that makes a checkpoint whole comes after what every rank has to add.
+        self.accelerator.wait_for_everyone()
+
+
+def trainable_gates(model):
+    """Parameters of the gates that are trained, in the order of the layers."""
+    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
+    return [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]
+
+
+def lane_column(dataset, name):
+    """One column of a dataset, as a list."""
+    first = dataset[0]
+    if name not in first:
+        raise ValueError(
+            f"carry_memory=True needs the column {name!r} in every row, and the dataset has {sorted(first)}: make it "
+            "with infini_hf.data.packing.pack_documents"
+        )
+    if is_datasets_available():
+        import datasets
+
+        if isinstance(dataset, datasets.Dataset):
+            return list(dataset[name])
+    return [row[name] for row in dataset]

@@ -1,0 +1,71 @@
+"""`InfiniTrainingArguments`: the stock arguments, and how a step goes through the memory."""
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+
+@dataclass
+class InfiniTrainingArguments(TrainingArguments):
+    """Arguments of [`InfiniTrainer`]: those of `TrainingArguments`, and these.
+
+    Args:
+        memory_gate_learning_rate (`float`, *optional*, defaults to `1e-2`):
+            Learning rate of the gates, which have a parameter group of their own without weight decay; the schedule of
+            the run scales it as it scales the other.
+        bptt_segments (`int`, *optional*):
+            Cut the gradient through the carried state every so many segments; by default it is never cut.
+        recompute_segments (`bool`, *optional*, defaults to `True`):
+            Keep no activations of a segment and compute them again in the backward pass: memory of one segment,
+            whatever the length, for about a third more time.
+        offload_memory_states (`bool`, *optional*, defaults to `False`):
+            Keep the per-segment states on the CPU until the backward pass. Needs `recompute_segments`.
+        carry_memory (`bool`, *optional*, defaults to `False`):
+            Continue a document in the next micro-batch with the memory of the last. The dataset needs the columns
+            `document` and `part`, as [`infini_hf.data.packing.pack_documents`] makes them.
+        plot_memory_gates (`bool`, *optional*, defaults to `True`):
+            Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
+
+    Raises:
+        ValueError: when a value is out of range, or options exclude each other.
+    """
+
+    memory_gate_learning_rate: float = field(
+        default=1e-2, metadata={"help": "Learning rate of the memory gates; they are never decayed."}
+    )
+    bptt_segments: int | None = field(
+        default=None,
+        metadata={"help": "Cut the gradient through the memory every so many segments; never by default."},
+    )
+    recompute_segments: bool = field(
+        default=True,
+        metadata={
+            "help": "Compute a segment's activations again in the backward pass: constant memory at any length."
+        },
+    )
+    offload_memory_states: bool = field(
+        default=False, metadata={"help": "Keep the per-segment memory states on the CPU until the backward pass."}
+    )
+    carry_memory: bool = field(
+        default=False, metadata={"help": "Continue a document in the next micro-batch with the memory of the last."}
+    )
+    plot_memory_gates: bool = field(
+        default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
+    )
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.memory_gate_learning_rate < 0:
+            raise ValueError(f"memory_gate_learning_rate={self.memory_gate_learning_rate}: must not be negative")
+        if self.bptt_segments is not None and self.bptt_segments < 1:
+            raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
+        if self.offload_memory_states and not self.recompute_segments:
+            raise ValueError(
+                "offload_memory_states=True with recompute_segments=False: the activations stay on the device, so "
+                "there is nothing to gain; set recompute_segments=True"
+            )
+        if self.gradient_checkpointing:
+            raise ValueError(
+                "activation_checkpointing (gradient_checkpointing) drops the memory between the layers of a segment: "
+                "leave it off, InfiniTrainer recomputes whole segments (recompute_segments=True)"
+            )
