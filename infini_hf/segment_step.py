@@ -7,6 +7,7 @@ through the wrapper of data parallelism, which counts one forward for one backwa
 """
 
 import contextlib
+import copy
 from dataclasses import dataclass
 
 import torch
@@ -51,32 +52,47 @@ def shift_labels(labels):
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
 
 
-def cut_segments(input_ids, attention_mask, targets, length, count=None):
-    """Cut a batch into segments of `length` columns, and add segments of padding up to `count`.
+def cut_segments(input_ids, attention_mask, targets, length, trim=True):
+    """Cut a batch into segments of `length` columns.
 
     Args:
         input_ids (`torch.Tensor`): `(batch, seq_len)` int64.
         attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
         targets (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, as from [`shift_labels`].
         length (`int`): columns of a segment.
-        count (`int`, *optional*): segments wanted, so that ranks that share parameters call the model equally often.
+        trim (`bool`, *optional*, defaults to `True`): leave out the columns after the last token of the longest row.
 
     Returns:
         `list[Segment]`
     """
-    parts = [None if whole is None else whole.split(length, dim=1) for whole in (input_ids, attention_mask, targets)]
-    segments = [
-        Segment(*(None if part is None else part[index].contiguous() for part in parts))
-        for index in range(len(parts[0]))
+    columns = input_ids.shape[1]
+    if trim and attention_mask is not None:
+        used = attention_mask.any(0).nonzero()
+        columns = max(1, int(used[-1]) + 1 if len(used) else 0)
+    wholes = [None if whole is None else whole[:, :columns] for whole in (input_ids, attention_mask, targets)]
+    return [
+        Segment(*(None if whole is None else whole[:, start : start + length].contiguous() for whole in wholes))
+        for start in range(0, columns, length)
     ]
-    while count is not None and len(segments) < count:
-        ids = input_ids[:, :1]
-        nothing = None if targets is None else torch.full_like(ids, IGNORED)
-        segments.append(Segment(ids, torch.zeros_like(ids), nothing))
-    return segments
 
 
-def segment_major_loss(model, segments, cache, num_items, options=StepOptions(), wrapper=None, watch=None):
+def filling_of(segments):
+    """A segment of two tokens that are not learned from: what a rank reads so that all call the model equally often.
+
+    Of real tokens, so that it reaches every parameter, as ranks that reduce gradients layer by layer expect.
+    """
+    ids = segments[0].input_ids[:, :1].repeat(1, 2)
+    return Segment(ids, None, None if segments[0].targets is None else torch.full_like(ids, IGNORED))
+
+
+def forgotten(cache):
+    """An empty cache like `cache`, which stays as it is."""
+    twin = copy.copy(cache)
+    twin.reset()
+    return twin
+
+
+def segment_major_loss(model, segments, cache, num_items, options=StepOptions(), wrapper=None, watch=None, filling=0):
     """The loss of a row read segment after segment, with gradients through the memory.
 
     Args:
@@ -87,11 +103,14 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
         options ([`StepOptions`]): truncation, recomputation, offloading.
         wrapper (`torch.nn.Module`, *optional*): the model as data parallelism wraps it; the last segment goes through.
         watch (`Callable`, *optional*): called with the index of a segment and the cache that enters it.
+        filling (`int`, *optional*, defaults to 0): calls more that add nothing, for ranks that share parameters.
 
     Returns:
         `tuple[torch.Tensor, InfiniCache]`: the loss, a float32 scalar, and the cache after the last segment.
     """
-    total = None
+    total = 0.0
+    for _ in range(filling):
+        total = total + read_segment(model, filling_of(segments), forgotten(cache), num_items, options, True)[0]
     for index, segment in enumerate(segments):
         if options.bptt_segments and index and index % options.bptt_segments == 0:
             cache = cache.with_tensors(tensor.detach() for tensor in cache.tensors())
@@ -100,7 +119,7 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
         last = index + 1 == len(segments)
         target = wrapper if last and wrapper is not None else model
         loss, cache = read_segment(target, segment, cache, num_items, options, options.recompute and not last)
-        total = loss if total is None else total + loss
+        total = total + loss
     return total, cache
 
 
@@ -145,7 +164,7 @@ def segment_loss(model, segment, cache, num_items, label_smoothing=0.0):
 
 
 @torch.no_grad()
-def score_segments(model, segments, cache, keep_logits=False):
+def score_segments(model, segments, cache, keep_logits=False, filling=0):
     """Loss of every row, at constant memory.
 
     Args:
@@ -153,6 +172,7 @@ def score_segments(model, segments, cache, keep_logits=False):
         segments (`list[Segment]`): as from [`cut_segments`].
         cache ([`InfiniCache`]): an empty cache; it holds the rows afterwards.
         keep_logits (`bool`, *optional*, defaults to `False`): return the logits of the whole row too.
+        filling (`int`, *optional*, defaults to 0): calls more that add nothing, for ranks that share parameters.
 
     Returns:
         `tuple`: summed losses `(batch,)` float32 in nats, numbers of targets `(batch,)` int64, and the logits
@@ -162,6 +182,8 @@ def score_segments(model, segments, cache, keep_logits=False):
     losses = torch.zeros(batch, device=device)
     counts = torch.zeros(batch, dtype=torch.int64, device=device)
     kept = []
+    for _ in range(filling):
+        model(input_ids=filling_of(segments).input_ids, past_key_values=forgotten(cache), use_cache=True)
     for segment in segments:
         logits = model(
             input_ids=segment.input_ids, attention_mask=segment.attention_mask, past_key_values=cache, use_cache=True

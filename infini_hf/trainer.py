@@ -123,7 +123,7 @@ class InfiniTrainer(Trainer):
     def _read_rows(self, model, input_ids, labels=None, num_items_in_batch=None, document=None, part=None, **others):
         if labels is None:
             raise ValueError(NO_LABELS)
-        segments = self._cut(input_ids, labels, **others)
+        segments, filling = self._cut(input_ids, labels, **others)
         targets = [segment.targets for segment in segments]
         if num_items_in_batch is None:
             num_items_in_batch = sum((part != -100).sum() for part in targets)
@@ -134,28 +134,27 @@ class InfiniTrainer(Trainer):
         watch = self.gates.watch if self._logs_this_step() else None
         self.gates.check_row(len(segments), infini_config_of(self.lanes.config).segment_length)
         inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
-        loss, cache = segment_major_loss(inner, segments, cache, num_items, self.options, model, watch)
+        loss, cache = segment_major_loss(inner, segments, cache, num_items, self.options, model, watch, filling)
         if watch is not None:
             self.gates.note_memory(cache)
         if carry:
             self.lanes.close(document, part, cache)
         return {"loss": loss}
 
-    def _cut(self, input_ids, labels=None, attention_mask=None, **others):
-        """Segments of a batch, equally many on every rank."""
+    def _cut(self, input_ids, labels=None, attention_mask=None, trim=True, **others):
+        """Segments of a batch, and how many more calls of the model this rank owes to the others."""
         if others:
             raise ValueError(
                 f"the batch has {sorted(others)}, which InfiniTrainer does not read: it takes input_ids, labels, "
                 "attention_mask, document and part; drop the columns, or use the stock Trainer"
             )
         length = infini_config_of(self.lanes.config).segment_length
-        count = None
-        if self.args.world_size > 1:
-            # Ranks that share parameters must call the model equally often.
-            columns = torch.tensor(input_ids.shape[1], device=input_ids.device)
-            count = -(-int(self.accelerator.gather(columns).max()) // length)
         targets = None if labels is None else shift_labels(labels)
-        return cut_segments(input_ids, attention_mask, targets, length, count)
+        segments = cut_segments(input_ids, attention_mask, targets, length, trim)
+        if self.args.world_size == 1:
+            return segments, 0
+        calls = torch.tensor([len(segments)], device=input_ids.device)
+        return segments, int(self.accelerator.gather(calls).max()) - len(segments)
 
     def _logs_this_step(self):
         step = self.state.global_step + 1
@@ -198,16 +197,14 @@ class InfiniTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in LANE_COLUMNS}
         labels = inputs.get("labels")
         with self.compute_loss_context_manager():
-            segments = self._cut(**inputs)
+            segments, filling = self._cut(**inputs, trim=prediction_loss_only)
             cache = InfiniCache(self.lanes.config)
-            losses, counts, logits = score_segments(model, segments, cache, not prediction_loss_only)
+            losses, counts, logits = score_segments(model, segments, cache, not prediction_loss_only, filling)
         # Rows that were repeated to fill the last batch are left out.
         sums = self.accelerator.gather_for_metrics(torch.stack([losses.double(), counts.double()], dim=1))
         if self.scored is not None:
             self.scored += sums.sum(0).cpu()
         loss = None if labels is None else losses.sum() / counts.sum().clamp_min(1)
-        if logits is not None:
-            logits = logits[:, : inputs["input_ids"].shape[1]]
         return loss, logits, labels
 
     # Checkpoints

@@ -1,0 +1,134 @@
+"""A training run for `tests/test_distributed.py`, started once for each process: writes its losses as JSON.
+
+python tests/distributed_run.py {trainer,fsdp} OUTPUT_DIR {carry,fresh}
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from datasets import Dataset
+from models import build_patched, random_ids
+from torch import distributed
+
+from infini_hf import InfiniCache, InfiniTrainer, InfiniTrainingArguments
+from infini_hf.data.collator import InfiniCollator
+from infini_hf.segment_step import StepOptions, cut_segments, segment_major_loss, shift_labels
+
+SEGMENT = 8
+STEPS = 4
+GLOBAL_BATCH = 4
+
+
+class Tokenizer:
+    pad_token_id, eos_token_id = 0, 2
+
+
+def rows():
+    """Four documents of three rows, of unequal length, so that ranks meet different numbers of segments."""
+    examples = []
+    for document in range(4):
+        for part in range(3):
+            length = 40 if part < 2 else 7 + 11 * document
+            ids = random_ids(1, length, seed=10 * document + part)[0].tolist()
+            examples.append({"input_ids": ids, "labels": ids, "document": document, "part": part})
+    return Dataset.from_list(examples)
+
+
+def model_of_the_run():
+    return build_patched("llama", segment_length=SEGMENT, overlap=2)
+
+
+def run_trainer(folder, carry):
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    args = InfiniTrainingArguments(
+        str(folder),
+        per_device_train_batch_size=GLOBAL_BATCH // world,
+        per_device_eval_batch_size=GLOBAL_BATCH // world,
+        max_steps=STEPS,
+        logging_steps=1,
+        save_strategy="no",
+        eval_strategy="steps",
+        eval_steps=STEPS,
+        carry_memory=carry,
+        report_to=[],
+        learning_rate=1e-3,
+        use_cpu=True,
+        disable_tqdm=True,
+        plot_memory_gates=False,
+        train_sampling_strategy="sequential",
+    )
+    # Ten rows leave a last batch that is not full.
+    data = rows()
+    trainer = InfiniTrainer(
+        model=model_of_the_run(),
+        args=args,
+        train_dataset=data,
+        eval_dataset=data.select(range(10)),
+        data_collator=InfiniCollator(Tokenizer()),
+    )
+    trainer.train()
+    log = trainer.state.log_history
+    return {
+        "wrapper": type(trainer.model_wrapped).__name__,
+        "losses": [entry["loss"] for entry in log if "loss" in entry],
+        "eval": next(entry["eval_loss"] for entry in log if "eval_loss" in entry),
+        "tokens": next(entry["eval_tokens"] for entry in log if "eval_tokens" in entry),
+    }
+
+
+def run_fsdp():
+    """The same step without a trainer, its parameters sharded by `fully_shard`."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank = int(os.environ.get("RANK", 0))
+    model = model_of_the_run().train()
+    if world > 1:
+        from torch.distributed.fsdp import fully_shard
+
+        distributed.init_process_group("gloo")
+        mesh = distributed.init_device_mesh("cpu", (world,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+    collate, data, losses = InfiniCollator(Tokenizer()), sorted(rows(), key=lambda row: len(row["labels"])), []
+    share = GLOBAL_BATCH // world
+    for step in range(STEPS):
+        first = step * GLOBAL_BATCH % len(data)
+        examples = [data[index % len(data)] for index in range(first, first + GLOBAL_BATCH)]
+        items = sum(len(example["labels"]) - 1 for example in examples)
+        batch = collate(examples[rank * share : (rank + 1) * share])
+        segments = cut_segments(batch["input_ids"], batch["attention_mask"], shift_labels(batch["labels"]), SEGMENT)
+        most = torch.tensor(len(segments))
+        if world > 1:
+            distributed.all_reduce(most, op=distributed.ReduceOp.MAX)
+        filling = int(most) - len(segments)
+        # Ranks average their gradients, and the loss is over the tokens of all.
+        cache = InfiniCache(model.config)
+        loss, _ = segment_major_loss(model, segments, cache, items / world, StepOptions(), filling=filling)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        mean = loss.detach() / world
+        if world > 1:
+            distributed.all_reduce(mean)
+        losses.append(mean.item())
+    if world > 1:
+        # Both to the end: a rank that leaves early takes the other's connection with it.
+        distributed.barrier()
+        distributed.destroy_process_group()
+    return {"wrapper": type(model).__name__, "losses": losses}
+
+
+def main():
+    torch.set_num_threads(1)
+    kind, folder, carry = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "carry"
+    result = run_trainer(folder, carry) if kind == "trainer" else run_fsdp()
+    if int(os.environ.get("RANK", 0)) == 0:
+        (folder / "result.json").write_text(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

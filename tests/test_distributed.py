@@ -1,0 +1,56 @@
+"""Two processes on this machine learn what one learns from the same global batch."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+HERE = Path(__file__).parent
+RUN = str(HERE / "distributed_run.py")
+# Each alone in its group of processes: neither has a GPU, and gloo carries the gradients.
+ACCELERATE = (
+    "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
+)
+TORCHRUN = "-m torch.distributed.run --nproc_per_node 2".split()
+
+
+def run(launcher, kind, folder, memory):
+    """The result of a run, launched in processes of its own."""
+    folder.mkdir()
+    paths = os.pathsep.join([str(HERE), str(HERE.parent), os.environ.get("PYTHONPATH", "")])
+    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, *launcher, RUN, kind, str(folder), memory]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((folder / "result.json").read_text())
+
+
+def port():
+    """A free one, so that runs side by side do not meet."""
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+@pytest.mark.parametrize("memory", ["fresh", "carry"])
+def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory):
+    alone = run([], "trainer", tmp_path / "one", memory)
+    both = run([*ACCELERATE, "--main_process_port", port()], "trainer", tmp_path / "two", memory)
+    assert (alone["wrapper"], both["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
+    assert len(alone["losses"]) == 4
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
+    assert both["eval"] == pytest.approx(alone["eval"], abs=1e-4)
+    assert both["tokens"] == alone["tokens"]
+
+
+def test_fully_sharded_parameters_follow_the_loss_curve_of_one_process(tmp_path):
+    alone = run([], "fsdp", tmp_path / "one", "fresh")
+    both = run([*TORCHRUN, "--master_port", port()], "fsdp", tmp_path / "two", "fresh")
+    assert (alone["wrapper"], both["wrapper"]) == ("LlamaForCausalLM", "FSDPLlamaForCausalLM")
+    assert len(alone["losses"]) == 4
+    assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
