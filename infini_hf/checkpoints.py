@@ -45,14 +45,23 @@ def resolve_checkpoint(asked, output_dir):
         if not is_whole(asked):
             raise ValueError(f"{asked}: is no whole checkpoint ({TRAINER_STATE_NAME} is missing or broken)")
         return str(asked)
+    found = last_whole_checkpoint(output_dir)
+    if found is None:
+        raise ValueError(
+            f"output_dir {str(output_dir)!r} holds no whole checkpoint: start without resume_from_checkpoint, or name "
+            "one"
+        )
+    return found
+
+
+def last_whole_checkpoint(output_dir):
+    """The folder of the last checkpoint in `output_dir` that was written to its end, or `None`."""
     folders = [folder for folder in Path(output_dir).glob("checkpoint-*") if NAME.fullmatch(folder.name)]
     for folder in sorted(folders, key=lambda folder: int(NAME.fullmatch(folder.name)[1]), reverse=True):
         if is_whole(folder):
             return str(folder)
         logger.warning("%s was not written to its end: going back to the one before", folder)
-    raise ValueError(
-        f"output_dir {str(output_dir)!r} holds no whole checkpoint: start without resume_from_checkpoint, or name one"
-    )
+    return None
 
 
 def record_run(folder, trainer):

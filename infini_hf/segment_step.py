@@ -15,7 +15,11 @@ from torch.autograd.graph import save_on_cpu
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from .heap import release_free_pages
+
 IGNORED = -100
+# Tokens in a segment from which its work outweighs a look at the heap, a millisecond.
+WORTH_RELEASING = 256
 
 
 @dataclass(frozen=True)
@@ -143,6 +147,8 @@ def read_segment(model, segment, cache, num_items, options, recompute):
 
 def segment_loss(model, segment, cache, num_items, label_smoothing=0.0):
     """Sum of the losses of a segment's targets over `num_items`; the model's own loss where it has no smoothing."""
+    if segment.input_ids.numel() >= WORTH_RELEASING:
+        release_free_pages(segment.input_ids.device)
     inputs = {
         "input_ids": segment.input_ids,
         "attention_mask": segment.attention_mask,

@@ -44,3 +44,47 @@ def spans_of(losses, edges):
         if part.numel():
             spans.append(Span(start, stop, part.double().mean().item()))
     return spans
+
+
+@dataclass(frozen=True)
+class SpanTable:
+    """Mean losses by position, one row for each way to read.
+
+    Attributes:
+        edges (`list[int]`): positions between which tokens are counted.
+        rows (`dict[str, list[float | None]]`): for each way to read, the mean loss in nats of every span, `None` where
+            that way does not reach.
+        counts (`list[int]`): tokens of every span, over all texts.
+    """
+
+    edges: list[int]
+    rows: dict[str, list[float | None]]
+    counts: list[int]
+
+    def markdown(self):
+        """The perplexities as lines of a markdown table."""
+        heads = [f"{start:,}–{stop:,}" for start, stop in pairwise(self.edges)]
+        lines = ["| read with | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+        for name, losses in self.rows.items():
+            cells = ["–" if loss is None else f"{math.exp(loss):.2f}" for loss in losses]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+        return [*lines, "| tokens | " + " | ".join(f"{count:,}" for count in self.counts) + " |"]
+
+
+def mean_by_span(losses, edges):
+    """Mean losses between edges over several texts.
+
+    Args:
+        losses (`list[torch.Tensor]`): `(tokens,)` for each text, as from [`infini_hf.score`].
+        edges (`list[int]`): ascending positions.
+
+    Returns:
+        `tuple[list[float | None], list[int]]`: the means, `None` where no text reaches, and the numbers of tokens.
+    """
+    means, counts = [], []
+    for start, stop in pairwise(edges):
+        parts = [text[start:stop].double() for text in losses]
+        count = sum(part.numel() for part in parts)
+        means.append(sum(part.sum().item() for part in parts) / count if count else None)
+        counts.append(count)
+    return means, counts

@@ -1,0 +1,136 @@
+"""What the scripts have in common: the options of the model, of LoRA and of the data, and how they are carried out."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer
+
+from ..assets import resolve
+from ..auto import AutoInfiniModelForCausalLM
+from ..config import InfiniConfig
+from ..data.documents import load_documents
+from ..data.lane_order import lane_stream
+from ..data.packing import pack_documents
+
+
+@dataclass
+class ModelArguments:
+    """The model and its patch."""
+
+    model: str = field(metadata={"help": "hub name, folder, or shipped checkpoint (tiny-llama)"})
+    dtype: str = field(default="auto", metadata={"help": "weights' dtype: auto, float32, bfloat16, float16"})
+    attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
+    segment_length: int | None = field(default=None, metadata={"help": "tokens in a segment; default: the model's"})
+    memory_update: str = field(default="linear", metadata={"help": "linear or delta"})
+    feature_map: str = field(default="elu", metadata={"help": "elu or exp"})
+    gate: str = field(default="tanh", metadata={"help": "tanh or sigmoid"})
+    overlap: int = field(default=0, metadata={"help": "tokens of the last segment that local attention still sees"})
+    sink_tokens: int = field(default=0, metadata={"help": "first tokens that local attention always sees"})
+    threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
+
+    def infini_config(self):
+        """The patch asked for, or `None` for that of the checkpoint."""
+        if self.segment_length is None:
+            return None
+        names = ("segment_length", "memory_update", "feature_map", "gate", "overlap", "sink_tokens")
+        return InfiniConfig(**{name: getattr(self, name) for name in names})
+
+    def load(self, **options):
+        """The patched model and its tokenizer."""
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        name = resolve(self.model)
+        if self.attn_implementation is not None:
+            options["attn_implementation"] = self.attn_implementation
+        model = AutoInfiniModelForCausalLM.from_pretrained(
+            name, infini_config=self.infini_config(), dtype=self.dtype, **options
+        )
+        return model, AutoTokenizer.from_pretrained(name)
+
+
+@dataclass
+class LoraArguments:
+    """Low-rank adapters; full weights without `lora_r`."""
+
+    lora_r: int | None = field(
+        default=None, metadata={"help": "rank of the adapters; all weights are trained without"}
+    )
+    lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters is lora_alpha / lora_r"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "layers to adapt"}
+    )
+    load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits (needs bitsandbytes)"})
+
+    def loading_options(self):
+        """What `from_pretrained` needs for a quantised base."""
+        if not self.load_in_4bit:
+            return {}
+        from transformers import BitsAndBytesConfig
+
+        compute = torch.bfloat16
+        return {"quantization_config": BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=compute)}
+
+    def wrap(self, model):
+        """The model with adapters and trainable gates, or the model itself."""
+        if self.lora_r is None:
+            if self.load_in_4bit:
+                raise ValueError("load_in_4bit needs lora_r: weights of four bits cannot be trained")
+            return model
+        from ..lora import add_lora
+
+        options = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
+        return add_lora(model, target_modules=self.lora_target_modules, **options)
+
+
+def held_out_split(source):
+    """What a source calls the texts to measure on: local ones are a folder of their own, with one split."""
+    return "train" if Path(source).exists() else "validation"
+
+
+@dataclass
+class DocumentArguments:
+    """Documents for continual pretraining, and how they are cut into rows."""
+
+    train_source: str = field(metadata={"help": "folder or file of texts, or a hub dataset (pg19)"})
+    eval_source: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
+    train_split: str = "train"
+    eval_split: str | None = field(
+        default=None, metadata={"help": "default: validation of a hub dataset, all of a local folder or file"}
+    )
+    text_column: str = "text"
+    where: str | None = field(default=None, metadata={"help": "keep rows by column=value or column~part of the value"})
+    streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
+    limit: int | None = field(default=None, metadata={"help": "documents to train on, the first ones"})
+    eval_limit: int | None = field(default=None, metadata={"help": "documents to evaluate on"})
+    segments_per_row: int = field(default=4, metadata={"help": "segments in a training row"})
+    eval_segments_per_row: int = field(default=64, metadata={"help": "segments in an evaluation row: streamed"})
+    join: bool = field(default=False, metadata={"help": "let rows run over the ends of (short) documents"})
+
+    def rows(self, tokenizer, segment_length, lanes=None):
+        """The training rows; in lane order where a stream carries its memory on."""
+        documents = load_documents(
+            self.train_source,
+            self.train_split,
+            self.text_column,
+            streaming=self.streaming,
+            where=self.where,
+            limit=self.limit,
+        )
+        rows = pack_documents(documents, tokenizer, segment_length, self.segments_per_row, join=self.join)
+        return lane_stream(rows, lanes) if self.streaming and lanes else rows
+
+    def eval_rows(self, tokenizer, segment_length):
+        """The evaluation rows, or `None`."""
+        if self.eval_source is None:
+            return None
+        documents = load_documents(
+            self.eval_source,
+            self.eval_split or held_out_split(self.eval_source),
+            self.text_column,
+            streaming=False,
+            where=self.where,
+            limit=self.eval_limit,
+        )
+        return pack_documents(documents, tokenizer, segment_length, self.eval_segments_per_row)

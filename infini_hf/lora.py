@@ -1,0 +1,248 @@
+"""LoRA on a patched model: adapters that hold the gates and say which patch they were trained under."""
+
+import contextlib
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    load_peft_weights,
+    prepare_model_for_kbit_training,
+)
+from peft.utils import ModulesToSaveWrapper
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from .attention import InfiniAttention
+from .auto import GATE, AutoInfiniModelForCausalLM, resolve_config
+from .cache import infini_config_of
+from .config import InfiniConfig
+from .patching import is_patched, patch_model, unpatch_model
+from .streaming import require_patched
+
+GATE_MODULE = GATE.split(".")[0]
+# What PEFT puts before the names of the model that it wraps.
+PREFIX = "base_model.model."
+# Options of a hub or of accelerate, which the base and the adapter need alike, and those of PEFT alone.
+SHARED_OPTIONS = "cache_dir force_download local_files_only token max_memory offload_folder".split()
+PEFT_OPTIONS = "adapter_name autocast_adapter_dtype ephemeral_gpu_offload low_cpu_mem_usage torch_device".split()
+HUB_OPTIONS = "cache_dir force_download local_files_only token revision subfolder".split()
+
+
+@dataclass
+class InfiniLoraConfig(LoraConfig):
+    """A [`peft.LoraConfig`] that records the patch; stock PEFT reads its file and leaves the record out.
+
+    Args:
+        infini_attention (`dict`, *optional*): the options of the patch, as in `config.infini_attention`.
+    """
+
+    infini_attention: dict | None = None
+
+    @classmethod
+    def from_peft_type(cls, infini_attention=None, **kwargs):
+        """What PEFT calls with the contents of an `adapter_config.json`; one without a record stays a stock config."""
+        config = super().from_peft_type(**kwargs)
+        if infini_attention is None:
+            return config
+        values = {field.name: vars(config)[field.name] for field in dataclasses.fields(config) if field.init}
+        return cls(**{**values, "infini_attention": infini_attention})
+
+
+def lora_config(model, **lora_kwargs):
+    """The configuration of a LoRA that trains the gates too.
+
+    Args:
+        model (`PreTrainedModel`): a patched model.
+        lora_kwargs: what [`peft.LoraConfig`] takes. `task_type` is `"CAUSAL_LM"` by default, and the gates are added
+            to `modules_to_save`.
+
+    Returns:
+        [`InfiniLoraConfig`]: for `peft.get_peft_model(model, config)`; the folder of the adapter then records the
+        patch, which [`load_adapter`] needs.
+
+    Raises:
+        TypeError: when `model` is no module, or `modules_to_save` is one name instead of a list.
+        ValueError: when the model is not patched.
+
+    Example:
+
+    ```python
+    peft_model = get_peft_model(model, lora_config(model, r=16, target_modules=["q_proj", "v_proj"]))
+    ```
+    """
+    patch = infini_config_of(require_patched(model).config)
+    named = lora_kwargs.pop("modules_to_save", None) or ()
+    if isinstance(named, str):
+        raise TypeError(f"modules_to_save={named!r}: must be a list of names, as in [{named!r}]")
+    lora_kwargs.setdefault("task_type", "CAUSAL_LM")
+    saved = list(dict.fromkeys([*named, GATE_MODULE]))
+    return InfiniLoraConfig(modules_to_save=saved, infini_attention=patch.to_dict(), **lora_kwargs)
+
+
+def add_lora(model, **lora_kwargs):
+    """A patched model with adapters and trainable gates: `get_peft_model` with [`lora_config`].
+
+    A base in 4 or 8 bits is prepared for training first, without the checkpointing inside layers that PEFT would turn
+    on by default: it drops the memory.
+
+    Args:
+        model (`PreTrainedModel`): a patched model.
+        lora_kwargs: what [`lora_config`] takes.
+
+    Returns:
+        `peft.PeftModel`
+
+    Raises:
+        ValueError: when the model is not patched.
+    """
+    config = lora_config(model, **lora_kwargs)
+    if vars(model.config).get("quantization_config") is not None:
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    return get_peft_model(model, config)
+
+
+def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=None, **kwargs):
+    """Load an adapter that was made with [`lora_config`], with its gates, onto the plain base or a patched one.
+
+    Args:
+        base (`str`, `Path` or `PreTrainedModel`): the name or folder of the base, or an instance, which is patched and
+            adapted in place.
+        directory (`str` or `Path`): the folder of the adapter, or its name on the hub.
+        is_trainable (`bool`, *optional*, defaults to `False`): go on training it; otherwise it is frozen, in
+            evaluation mode.
+        revision (`str`, *optional*): of the adapter on the hub.
+        subfolder (`str`, *optional*): of `directory`.
+        kwargs: how the base is loaded when it is a name (`dtype`, `device_map`, `quantization_config`, …), the hub's
+            `token` and the like for both, and PEFT's `adapter_name`, `autocast_adapter_dtype` and `torch_device`.
+
+    Returns:
+        `peft.PeftModel`: the adapted model; `merge_and_unload()` gives a patched model without PEFT (merge on a base
+        that is not quantized: a 4-bit weight rounds the adapter away).
+
+    Raises:
+        TypeError: when `base` is of another kind, or an instance comes with options of loading one.
+        ValueError: when there is no adapter, it does not record its patch or lacks gates, the base is patched
+            differently, or a weight of the file has no place in the model. An instance loses its new patch again.
+    """
+    directory = os.fspath(directory)
+    options = {key: kwargs.pop(key) for key in PEFT_OPTIONS if key in kwargs}
+    options |= {key: kwargs[key] for key in SHARED_OPTIONS if key in kwargs}
+    options |= {"revision": revision, "subfolder": subfolder}
+    hub = {key: options[key] for key in HUB_OPTIONS if key in options}
+    config = read_config(directory, hub)
+    patch = InfiniConfig.from_dict(config.infini_attention)
+    shapes = read_shapes(directory, hub)
+    model = open_base(base, patch, directory, kwargs)
+    with contextlib.ExitStack() as undo:
+        if not is_patched(model):
+            patch_model(model, patch)
+            undo.callback(unpatch_model, model)
+        check_gates(model, shapes, directory)
+        # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
+        options["ignore_mismatched_sizes"] = True
+        peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)
+        undo.callback(take_off, peft_model)
+        check_loaded(peft_model, options.get("adapter_name", "default"), shapes, directory)
+        undo.pop_all()
+    return peft_model
+
+
+def read_config(directory, hub):
+    """The adapter's [`InfiniLoraConfig`]."""
+    try:
+        config = InfiniLoraConfig.from_pretrained(directory, **hub)
+    except ValueError as error:
+        raise ValueError(
+            f"{directory}: no adapter can be read there ({error}): pass the folder that save_pretrained of the PEFT "
+            "model wrote, or the name of an adapter on the hub"
+        ) from error
+    if not isinstance(config, InfiniLoraConfig):
+        raise ValueError(
+            f"{directory}: its adapter_config.json has no infini_attention, so this is a stock adapter that does not "
+            "say which patch it was trained under: train with infini_hf.lora.lora_config(model), or patch the base "
+            "yourself and load it with peft.PeftModel.from_pretrained"
+        )
+    return config
+
+
+def read_shapes(directory, hub):
+    """The shape of every tensor in the adapter's file, by name."""
+    try:
+        weights = load_peft_weights(directory, device="cpu", **hub)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise ValueError(
+            f"{directory}: the adapter's weights are not there or cannot be read ({error}): save the adapter again"
+        ) from error
+    return {key: weight.shape for key, weight in weights.items()}
+
+
+def open_base(base, patch, directory, kwargs):
+    """The model that the adapter goes on: an instance as it is, a name loaded and patched."""
+    if isinstance(base, PreTrainedModel):
+        loading = sorted(kwargs.keys() - set(SHARED_OPTIONS))
+        if loading:
+            raise TypeError(f"{loading} say how a base is loaded, and this base is an instance: leave them out")
+        if is_patched(base):
+            check_patch(infini_config_of(base.config), patch, directory)
+        return base
+    if not isinstance(base, (str, Path)):
+        raise TypeError(
+            f"base is a {type(base).__name__}: pass a name, a folder or a transformers model; on a PeftModel, call "
+            "its own load_adapter(directory, adapter_name)"
+        )
+    config, kwargs = resolve_config(base, kwargs)
+    stored = vars(config).get("infini_attention")
+    if stored is not None:
+        check_patch(InfiniConfig.from_dict(stored), patch, directory)
+    return AutoInfiniModelForCausalLM.from_pretrained(base, infini_config=patch, config=config, **kwargs)
+
+
+def check_patch(own, patch, directory):
+    if own != patch:
+        raise ValueError(
+            f"{directory}: the adapter was trained under {patch}, and the base is patched with {own}: pass the plain "
+            "base (infini_hf.unpatch_model takes a patch off), which is then patched to fit"
+        )
+
+
+def check_gates(model, shapes, directory):
+    """Raise when a patched layer has no gate in the adapter, for which PEFT has a bare `KeyError` or no word."""
+    layers = [name for name, module in model.named_modules() if isinstance(module, InfiniAttention)]
+    absent = [f"{name}.{GATE}" for name in layers if f"{PREFIX}{name}.{GATE}" not in shapes]
+    if absent:
+        raise ValueError(
+            f"{directory}: the adapter holds no gate for {absent}: it was made for another base, or without the gates "
+            "in modules_to_save; make it with infini_hf.lora.lora_config(model)"
+        )
+
+
+def check_loaded(peft_model, adapter_name, shapes, directory):
+    """Raise when a tensor of the file found no place, or a part of the adapter was not in the file."""
+    own = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=False)
+    places = get_peft_model_state_dict(peft_model, adapter_name=adapter_name, save_embedding_layers=True)
+    dropped = sorted(shapes.keys() - places.keys())
+    absent = sorted(own.keys() - shapes.keys())
+    misfits = [
+        f"{key} {tuple(shape)} where {tuple(places[key].shape)} goes"
+        for key, shape in shapes.items()
+        if key in places and places[key].shape != shape
+    ]
+    problems = [("no place for", dropped), ("nothing in the file for", absent), ("another size in", misfits)]
+    found = "; ".join(f"{what} {names}" for what, names in problems if names)
+    if found:
+        raise ValueError(f"{directory}: the adapter does not fit this base: {found}. Pass the base it was trained on")
+
+
+def take_off(peft_model):
+    """Remove the adapter; PEFT's own `unload` leaves the gates that it trained in the place of the base's."""
+    modules = peft_model.get_base_model().named_modules()
+    originals = {name: module.original_module for name, module in modules if isinstance(module, ModulesToSaveWrapper)}
+    model = peft_model.unload()
+    for name, module in originals.items():
+        model.set_submodule(name, module)

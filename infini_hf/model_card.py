@@ -1,0 +1,109 @@
+"""The model card of a run: what was trained how on what, where its gates stand, and what the controls say."""
+
+import json
+from pathlib import Path
+
+from transformers import TrainingArguments
+
+from .cache import infini_config_of
+from .callbacks import gate_values
+from .evaluation.controls import closed_memory
+from .streaming import require_patched
+from .version import __version__
+
+# Options of a run that its reader wants to see where they differ from the default.
+SILENT = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "local_rank", "disable_tqdm", "use_cpu"}
+
+
+def evaluate_with_control(trainer):
+    """Evaluation losses of a trainer, with the memory and with it closed.
+
+    Returns:
+        `dict[str, dict[str, float]]`: the metrics under `"with memory"` and `"memory closed"`; empty without data.
+    """
+    if trainer.eval_dataset is None:
+        return {}
+    results = {"with memory": trainer.evaluate()}
+    with closed_memory(trainer.model):
+        results["memory closed"] = trainer.evaluate(metric_key_prefix="eval_closed")
+    return {
+        name: {key.removeprefix("eval_closed_").removeprefix("eval_"): value for key, value in metrics.items()}
+        for name, metrics in results.items()
+    }
+
+
+def write_model_card(trainer, folder, base, data, command, results):
+    """Write `README.md` and `results.json` into the folder of a trained model.
+
+    Args:
+        trainer ([`infini_hf.InfiniTrainer`]): after training.
+        folder (`str` or `Path`): the folder of the model.
+        base (`str`): name of the checkpoint that was trained from.
+        data (`str`): what it was trained on.
+        command (`str`): the command that does it again.
+        results (`dict`): as from [`evaluate_with_control`].
+
+    Returns:
+        `Path`: the card.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    inner = require_patched(trainer.model)
+    patch = infini_config_of(inner.config).to_dict()
+    kind = "LoRA adapters and gates" if inner is not trainer.model else "all weights"
+    lines = [
+        "---",
+        f"base_model: {base}",
+        "library_name: " + ("peft" if inner is not trainer.model else "transformers"),
+        "tags: [infini-attention, infini_hf]",
+        "---",
+        f"# {folder.resolve().name}",
+        "",
+        f"`{base}` with Infini-attention (arXiv 2404.07143), {kind} trained by infini_hf {__version__}.",
+        "",
+        "## Patch",
+        "",
+        *(f"- `{name}`: {value}" for name, value in patch.items() if name != "version"),
+        "",
+        "## Training",
+        "",
+        f"- data: {data}",
+        f"- command: `{command}`",
+        f"- steps: {trainer.state.global_step} of {trainer.state.max_steps}",
+        *(f"- `{name}`: {value}" for name, value in changed_options(trainer.args).items()),
+        "",
+        "## Evaluation",
+        "",
+        *result_lines(results),
+        "",
+        "## Gates",
+        "",
+        *gate_lines(trainer.model),
+    ]
+    path = folder / "README.md"
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def changed_options(args):
+    """The options of a run that are not the stock defaults."""
+    ours, stock = args.to_dict(), TrainingArguments("unused", use_cpu=args.use_cpu).to_dict()
+    return {name: value for name, value in ours.items() if name not in SILENT and stock.get(name) != value}
+
+
+def result_lines(results):
+    if not results:
+        return ["Not evaluated: no evaluation data was given."]
+    lines = ["| read with | loss, nats a token | tokens |", "|---|---|---|"]
+    for name, metrics in results.items():
+        lines.append(f"| {name} | {metrics['loss']:.4f} | {metrics['tokens']:,} |")
+    return lines
+
+
+def gate_lines(model):
+    """A table of the gates by layer."""
+    lines = ["| layer | mean | least | most |", "|---|---|---|---|"]
+    for index, gates in sorted(gate_values(model).items()):
+        lines.append(f"| {index} | {gates.mean():.3f} | {gates.min():.3f} | {gates.max():.3f} |")
+    return lines

@@ -1,0 +1,68 @@
+"""Fine-tune a patched model to summarise long texts (BookSum), with LoRA or all weights.
+
+    python scripts/finetune_booksum.py --config configs/lora/tiny_cpu.yaml --source PAIRS_FOLDER
+    accelerate launch --config_file configs/accelerate/ddp.yaml \\
+        scripts/finetune_booksum.py --config configs/lora/llama_3.2_1b.yaml
+
+With `lora_r` the result in `OUTPUT_DIR/final` is an adapter that knows its patch (infini_hf.lora.load_adapter),
+without it a whole checkpoint. Then: scripts/summarize.py, and scripts/evaluate.py for the ROUGE table.
+"""
+
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from infini_hf import InfiniTrainer, InfiniTrainingArguments
+from infini_hf.checkpoints import last_whole_checkpoint
+from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.script_arguments import LoraArguments, ModelArguments
+from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum, summarization_rows
+from infini_hf.model_card import evaluate_with_control, write_model_card
+
+
+@dataclass
+class PairArguments:
+    """Texts with their summaries."""
+
+    source: str = field(default="kmfoda/booksum", metadata={"help": "hub dataset, or folder or file of JSONL pairs"})
+    level: str | None = field(default=None, metadata={"help": "chapters or books, where the dataset has both"})
+    train_split: str = "train"
+    eval_split: str = "validation"
+    limit: int | None = field(default=None, metadata={"help": "pairs to train on, the first ones"})
+    eval_limit: int | None = field(default=None, metadata={"help": "pairs to evaluate on"})
+    max_text_tokens: int | None = field(default=None, metadata={"help": "cut texts after so many tokens"})
+    max_summary_tokens: int = field(default=1024, metadata={"help": "cut summaries after so many tokens"})
+    prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "words around the text, with {text} in its place"})
+
+    def rows(self, tokenizer, split, limit):
+        pairs = load_booksum(self.source, split, self.level, limit=limit, drop_empty=True)
+        return summarization_rows(pairs, tokenizer, self.prompt, self.max_text_tokens, self.max_summary_tokens)
+
+
+def main(argv=None):
+    model_args, lora_args, pair_args, args = parse_arguments(
+        (ModelArguments, LoraArguments, PairArguments, InfiniTrainingArguments), __doc__, argv
+    )
+    set_seed(args.seed)
+    model, tokenizer = model_args.load(**lora_args.loading_options())
+    model = lora_args.wrap(model)
+    with args.main_process_first(desc="rows"):
+        train_rows = pair_args.rows(tokenizer, pair_args.train_split, pair_args.limit)
+        eval_rows = pair_args.rows(tokenizer, pair_args.eval_split, pair_args.eval_limit)
+    trainer = InfiniTrainer(
+        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
+    final = Path(args.output_dir) / "final"
+    trainer.save_model(str(final))
+    results = evaluate_with_control(trainer)
+    if trainer.is_world_process_zero():
+        command = " ".join(["python scripts/finetune_booksum.py", *(sys.argv[1:] if argv is None else argv)])
+        print(write_model_card(trainer, final, model_args.model, pair_args.source, command, results))
+    return results
+
+
+if __name__ == "__main__":
+    main()

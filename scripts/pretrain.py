@@ -1,0 +1,50 @@
+"""Continual pretraining of a patched model on long documents: hub datasets, or a folder of texts.
+
+    python scripts/pretrain.py --config configs/pretrain/tiny_cpu.yaml --train_source NOVELS/train
+    accelerate launch --config_file configs/accelerate/ddp.yaml \\
+        scripts/pretrain.py --config configs/pretrain/llama_3.2_1b.yaml
+
+A run resumes from the last whole checkpoint in its `output_dir`. It leaves the model, its tokenizer and a model card
+with the closed memory as control in `OUTPUT_DIR/final`.
+"""
+
+import sys
+from pathlib import Path
+
+from transformers import set_seed
+
+from infini_hf import InfiniTrainer, InfiniTrainingArguments
+from infini_hf.cache import infini_config_of
+from infini_hf.checkpoints import last_whole_checkpoint
+from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.script_arguments import DocumentArguments, ModelArguments
+from infini_hf.model_card import evaluate_with_control, write_model_card
+
+
+def main(argv=None):
+    model_args, data_args, args = parse_arguments(
+        (ModelArguments, DocumentArguments, InfiniTrainingArguments), __doc__, argv
+    )
+    set_seed(args.seed)
+    model, tokenizer = model_args.load()
+    segment_length = infini_config_of(model.config).segment_length
+    lanes = args.train_batch_size * args.world_size if args.carry_memory else None
+    # One process prepares the rows, the others find them in the cache.
+    with args.main_process_first(desc="rows"):
+        train_rows = data_args.rows(tokenizer, segment_length, lanes)
+        eval_rows = data_args.eval_rows(tokenizer, segment_length)
+    trainer = InfiniTrainer(
+        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
+    )
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
+    final = Path(args.output_dir) / "final"
+    trainer.save_model(str(final))
+    results = evaluate_with_control(trainer)
+    if trainer.is_world_process_zero():
+        command = " ".join(["python scripts/pretrain.py", *(sys.argv[1:] if argv is None else argv)])
+        print(write_model_card(trainer, final, model_args.model, data_args.train_source, command, results))
+    return results
+
+
+if __name__ == "__main__":
+    main()
