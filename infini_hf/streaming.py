@@ -57,7 +57,7 @@ def read_chunks(inner, run, chunks, total, cache, progress, description):
             bar.update(ids.shape[1])
 
 
-def prefill(model, ids, attention_mask=None, cache=None, chunk_size=8192, progress=True):
+def prefill(model, ids, attention_mask=None, cache=None, chunk_size=2048, progress=True):
     """Read a stream of any length into a cache, with constant memory.
 
     Ctrl-C leaves the cache as it was after the last whole chunk: pass your own cache to keep it.
@@ -67,7 +67,7 @@ def prefill(model, ids, attention_mask=None, cache=None, chunk_size=8192, progre
         ids (`torch.Tensor`, `list`, or iterator): token ids `(batch, seq_len)`, or an iterator of such pieces.
         attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding: neither written nor read.
         cache ([`InfiniCache`], *optional*): the cache to continue; a new one by default.
-        chunk_size (`int`, *optional*, defaults to `8192`): columns in a forward; speed and peak memory only.
+        chunk_size (`int`, *optional*, defaults to `2048`): columns in a forward; speed and peak memory only.
         progress (`bool`, *optional*, defaults to `True`): show a progress bar when it takes more than two seconds.
 
     Returns:
