@@ -179,7 +179,7 @@ class InfiniAttention:
             local = self.memory_gate(local, retrieved, reads)
         state = LayerState(window_keys, window_values, state.memory, state.memory_norm)
         if any(round.closes):
-            state = self.close_segment(state, round, plan.config, writes)
+            state = self.close_segment(state, round, plan, writes)
         return local, weights, state
 
     def attend_locally(self, queries, keys, values, layout, plan, kwargs):
@@ -206,12 +206,12 @@ class InfiniAttention:
         )
         return output.transpose(1, 2), weights
 
-    def close_segment(self, state, round, config, writes):
+    def close_segment(self, state, round, plan, writes):
         """Write the segments that are full and carry their sinks and overlap into the next window."""
-        length, layout = config.segment_length, round.layout
+        config, layout = plan.config, round.layout
+        length = config.segment_length
         if writes:
             open_keys, open_values = state.keys[:, :, -length:], state.values[:, :, -length:]
-            scale = None if all(round.closes) else round.flags(round.closes)
             state.memory, state.memory_norm = memory_math.update(
                 open_keys,
                 open_values,
@@ -219,7 +219,7 @@ class InfiniAttention:
                 state.memory_norm,
                 config.memory_update,
                 config.feature_map,
-                scale,
+                plan.scale_of(round),
             )
         carried = config.carried_length(2)
         kept = [min(carried, n) if closes else n for n, closes in zip(layout.lengths, round.closes, strict=True)]

@@ -37,8 +37,9 @@ def decoder_pre_hook(decoder, args, kwargs):
     check_positions(kwargs.get("position_ids"), mask, columns)
     kwargs["position_ids"] = stream_positions(seen, mask, columns, tokens.device)
     config = infini_config_of(decoder.config)
+    scale = read_scale(kwargs.pop("memory_scale", None), config, batch, tokens.device)
     rope = window_tables(decoder, config, tokens, cache)
-    kwargs[PLAN] = SegmentPlan(config, seen, columns, mask, tokens.device, rope)
+    kwargs[PLAN] = SegmentPlan(config, seen, columns, mask, tokens.device, rope, scale)
     kwargs["attention_mask"] = stock_masks(decoder, mask, batch, columns, cache, tokens.device)
     if cache is not None:
         cache.reader = weakref.ref(decoder)
@@ -121,6 +122,26 @@ def read_padding(attention_mask, batch, columns, past, cache):
     if columns > 1 and past and not hidden and attention_mask.shape[1] == past + columns:
         check_past(attention_mask[:, :past], cache)
     return attention_mask[:, -columns:].bool() if columns else attention_mask[:, :0].bool()
+
+
+def read_scale(scale, config, batch, device):
+    """How many times segments are written, `(batch, n)` float32, or `None` for once.
+
+    Raises:
+        ValueError: when it does not fit the batch, or the update rule is not linear.
+    """
+    if scale is None:
+        return None
+    if config.memory_update != "linear":
+        raise ValueError(
+            f"memory_scale with memory_update={config.memory_update!r}: a scaled write equals repeated ones under the "
+            "linear rule alone; patch with memory_update='linear', or leave memory_scale out"
+        )
+    if not isinstance(scale, torch.Tensor) or scale.ndim not in (1, 2) or scale.shape[0] != batch:
+        what = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
+        raise ValueError(f"memory_scale of {what}: must be a tensor (batch,) or (batch, segments) for {batch} rows")
+    scale = scale.to(device=device, dtype=torch.float32)
+    return scale[:, None] if scale.ndim == 1 else scale
 
 
 def check_past(past_mask, cache):

@@ -87,12 +87,14 @@ class Round:
         columns (`slice` or `torch.Tensor`): which columns of the call, or `(batch, count)` int64, right-aligned.
         reads (`tuple[bool, ...]`): the rows whose memory holds something.
         closes (`tuple[bool, ...]`): the rows that reach the end of their segment here.
+        closed (`tuple[int, ...]`): segments that each row has closed in the call before.
     """
 
     layout: Layout
     columns: slice | torch.Tensor
     reads: tuple[bool, ...]
     closes: tuple[bool, ...]
+    closed: tuple[int, ...]
 
     def flags(self, values):
         """A row flag of this round as a `(batch,)` float32 tensor on the device."""
@@ -110,6 +112,8 @@ class SegmentPlan:
         valid (`torch.Tensor`, *optional*): `(batch, columns)` bool, false at padding; all valid by default.
         device (`torch.device`): where index tensors go.
         rope (`tuple[torch.Tensor, torch.Tensor]`): cosines and sines `(1, window, head_dim)` of the window positions.
+        write_scale (`torch.Tensor`, *optional*): `(batch, n)` float32, how many times the segments that a row closes
+            in the call are written, in their order; the last for all that follow.
     """
 
     config: object
@@ -118,6 +122,7 @@ class SegmentPlan:
     valid: torch.Tensor | None
     device: torch.device
     rope: tuple[torch.Tensor, torch.Tensor]
+    write_scale: torch.Tensor | None = None
     rounds: list[Round] = field(init=False)
     seen_after: tuple[int, ...] = field(init=False)
     scatter_index: torch.Tensor | None = field(init=False, default=None)
@@ -153,6 +158,7 @@ class SegmentPlan:
                     self._columns(order, done, counts),
                     reads=tuple(s >= length for s in seen),
                     closes=tuple(c > 0 and (s + c) % length == 0 for s, c in zip(seen, counts, strict=True)),
+                    closed=tuple(s // length - first // length for s, first in zip(seen, self.seen, strict=True)),
                 )
             )
             done = [d + c for d, c in zip(done, counts, strict=True)]
@@ -182,6 +188,16 @@ class SegmentPlan:
             index.scatter_(1, target, (offset + torch.arange(count, device=self.device)).expand_as(target))
             offset += count
         return index[:, : self.columns]
+
+    def scale_of(self, round):
+        """How many times each row writes at the end of a round, `(batch,)` float32; `None` for once in every row."""
+        closes = None if all(round.closes) else round.flags(round.closes)
+        if self.write_scale is None:
+            return closes
+        last = self.write_scale.shape[1] - 1
+        index = torch.tensor([min(closed, last) for closed in round.closed], device=self.write_scale.device)
+        scale = self.write_scale.gather(1, index[:, None]).squeeze(1)
+        return scale if closes is None else scale * closes.to(scale.device)
 
     def share(self, key, build):
         """`build()`, kept under `key` for the other layers and rounds of the call."""
