@@ -117,8 +117,8 @@ class MemoryGateCallback(TrainerCallback):
             draw_gates(values, Path(args.output_dir) / "memory_gates.png")
 
 
-class LaneCallback(TrainerCallback):
-    """Brings the lanes of a resumed run back, and tells the sampler its epoch, whatever wraps it.
+class RunCallback(TrainerCallback):
+    """Brings the lanes of a resumed run back, tells the sampler its epoch, and the dilution what was answered.
 
     Args:
         trainer ([`InfiniTrainer`]): whose lanes.
@@ -130,6 +130,9 @@ class LaneCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # Not earlier: the layers are on their devices only now.
         self.trainer.restore_lanes(model)
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.trainer.note_answers()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.lane_sampler is not None:

@@ -77,6 +77,7 @@ def describe(trainer):
         "carry_memory": args.carry_memory,
         "lanes": args.train_batch_size,
         "processes": args.world_size,
+        "dilution": trainer.dilution.state(),
         "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
     }
 

@@ -45,3 +45,9 @@ class MemoryGate(nn.Module):
 
     def extra_repr(self):
         return f"num_heads={self.bias.numel()}, kind={self.kind!r}"
+
+
+def trainable_gates(model):
+    """Parameters of the gates that are trained, in the order of the layers."""
+    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
+    return [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]

@@ -41,11 +41,12 @@ class StepOptions:
 
 @dataclass
 class Segment:
-    """The columns of one segment: token ids, padding mask and targets, each `(batch, columns)` or `None`."""
+    """The columns of one segment, each `(batch, columns)` or `None`: ids, padding mask, targets and their weights."""
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     targets: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
 
 def shift_labels(labels):
@@ -56,7 +57,12 @@ def shift_labels(labels):
     return F.pad(labels, (0, 1), value=IGNORED)[:, 1:].contiguous()
 
 
-def cut_segments(input_ids, attention_mask, targets, length, trim=True):
+def shift_weights(weights):
+    """What the loss of each position's target counts, `(batch, seq_len)` float32, from the weights of the tokens."""
+    return F.pad(weights.float(), (0, 1))[:, 1:].contiguous()
+
+
+def cut_segments(input_ids, attention_mask, targets, length, trim=True, weights=None):
     """Cut a batch into segments of `length` columns.
 
     Args:
@@ -65,6 +71,7 @@ def cut_segments(input_ids, attention_mask, targets, length, trim=True):
         targets (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, as from [`shift_labels`].
         length (`int`): columns of a segment.
         trim (`bool`, *optional*, defaults to `True`): leave out the columns after the last token of the longest row.
+        weights (`torch.Tensor`, *optional*): `(batch, seq_len)` float32, what the loss of each target counts.
 
     Returns:
         `list[Segment]`
@@ -73,7 +80,7 @@ def cut_segments(input_ids, attention_mask, targets, length, trim=True):
     if trim and attention_mask is not None:
         used = attention_mask.any(0).nonzero()
         columns = max(1, int(used[-1]) + 1 if len(used) else 0)
-    wholes = [None if whole is None else whole[:, :columns] for whole in (input_ids, attention_mask, targets)]
+    wholes = [None if whole is None else whole[:, :columns] for whole in (input_ids, attention_mask, targets, weights)]
     return [
         Segment(*(None if whole is None else whole[:, start : start + length].contiguous() for whole in wholes))
         for start in range(0, columns, length)
@@ -96,7 +103,18 @@ def forgotten(cache):
     return twin
 
 
-def segment_major_loss(model, segments, cache, num_items, options=StepOptions(), wrapper=None, watch=None, filling=0):
+def segment_major_loss(
+    model,
+    segments,
+    cache,
+    num_items,
+    options=StepOptions(),
+    wrapper=None,
+    watch=None,
+    filling=0,
+    write_scale=None,
+    tally=None,
+):
     """The loss of a row read segment after segment, with gradients through the memory.
 
     Args:
@@ -108,11 +126,15 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
         wrapper (`torch.nn.Module`, *optional*): the model as data parallelism wraps it; the last segment goes through.
         watch (`Callable`, *optional*): called with the index of a segment and the cache that enters it.
         filling (`int`, *optional*, defaults to 0): calls more that add nothing, for ranks that share parameters.
+        write_scale (`torch.Tensor`, *optional*): `(batch, n)` float32, how many times each segment that a row closes
+            is written; linear rule only.
+        tally (`Callable`, *optional*): called for each segment with weights, with `(2,)` int64: emphasised targets (of
+            a weight above 1) that the model would have said, and all of them.
 
     Returns:
         `tuple[torch.Tensor, InfiniCache]`: the loss, a float32 scalar, and the cache after the last segment.
     """
-    total = 0.0
+    total, began, length = 0.0, cache.seen, cache.infini_config.segment_length
     for _ in range(filling):
         total = total + read_segment(model, filling_of(segments), forgotten(cache), num_items, options, True)[0]
     for index, segment in enumerate(segments):
@@ -122,20 +144,33 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
             watch(index, cache)
         last = index + 1 == len(segments)
         target = wrapper if last and wrapper is not None else model
-        loss, cache = read_segment(target, segment, cache, num_items, options, options.recompute and not last)
+        scale = None if write_scale is None else scale_now(write_scale, began, cache.seen, length)
+        recompute = options.recompute and not last
+        loss, counts, cache = read_segment(target, segment, cache, num_items, options, recompute, scale)
+        if tally is not None and counts is not None:
+            tally(counts)
         total = total + loss
     return total, cache
 
 
-def read_segment(model, segment, cache, num_items, options, recompute):
-    """Loss of one segment and the cache after it."""
+def scale_now(write_scale, began, seen, length):
+    """The columns of `write_scale` for what rows close next, `(batch, 2)`: a call of `length` columns closes one."""
+    rows, columns = write_scale.shape
+    began = began or (0,) * rows
+    closed = [now // length - before // length for now, before in zip(seen or began, began, strict=True)]
+    index = torch.tensor([[min(count, columns - 1), min(count + 1, columns - 1)] for count in closed])
+    return write_scale.gather(1, index.to(write_scale.device))
+
+
+def read_segment(model, segment, cache, num_items, options, recompute, scale=None):
+    """Loss of one segment, the counts of its emphasised targets, and the cache after it."""
     state = cache.tensors()
     # What stays alive until the backward pass holds no tensor of the state: those are the arguments.
     empty = cache.with_tensors(None for _ in state)
 
     def read(*state):
         twin = empty.with_tensors(state)
-        return segment_loss(model, segment, twin, num_items, options.label_smoothing), twin
+        return *segment_loss(model, segment, twin, num_items, options.label_smoothing, scale), twin
 
     if not recompute or not torch.is_grad_enabled():
         return read(*state)
@@ -145,8 +180,11 @@ def read_segment(model, segment, cache, num_items, options, recompute):
         return checkpoint(read, *state, use_reentrant=False)
 
 
-def segment_loss(model, segment, cache, num_items, label_smoothing=0.0):
-    """Sum of the losses of a segment's targets over `num_items`; the model's own loss where it has no smoothing."""
+def segment_loss(model, segment, cache, num_items, label_smoothing=0.0, scale=None):
+    """Sum of the losses of a segment's targets over `num_items`, and the counts of its emphasised targets.
+
+    It is the model's own loss where neither weights nor smoothing are asked for.
+    """
     if segment.input_ids.numel() >= WORTH_RELEASING:
         release_free_pages(segment.input_ids.device)
     inputs = {
@@ -154,19 +192,21 @@ def segment_loss(model, segment, cache, num_items, label_smoothing=0.0):
         "attention_mask": segment.attention_mask,
         "past_key_values": cache,
         "use_cache": True,
+        **({} if scale is None else {"memory_scale": scale}),
     }
-    if not label_smoothing:
+    if not label_smoothing and segment.weights is None:
         targets = {"labels": segment.targets, "shift_labels": segment.targets, "num_items_in_batch": num_items}
-        return model(**inputs, **targets).loss
-    logits = model(**inputs).logits.float()
-    summed = F.cross_entropy(
-        logits.flatten(0, 1),
-        segment.targets.flatten().to(logits.device),
-        ignore_index=IGNORED,
-        reduction="sum",
-        label_smoothing=label_smoothing,
-    )
-    return summed / num_items
+        return model(**inputs, **targets).loss, None
+    logits = model(**inputs).logits.float().flatten(0, 1)
+    targets = segment.targets.flatten().to(logits.device)
+    options = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+    if segment.weights is None:
+        return F.cross_entropy(logits, targets, reduction="sum", **options) / num_items, None
+    weights = segment.weights.flatten().to(logits.device)
+    losses = F.cross_entropy(logits, targets, reduction="none", **options)
+    emphasised = (weights > 1) & (targets != IGNORED)
+    correct = (logits.detach().argmax(-1) == targets) & emphasised
+    return (losses * weights).sum() / num_items, torch.stack([correct.sum(), emphasised.sum()])
 
 
 @torch.no_grad()

@@ -5,20 +5,22 @@ from functools import partial
 import torch
 from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.utils import is_datasets_available
 
 from .cache import InfiniCache, infini_config_of
-from .callbacks import LaneCallback, MemoryGateCallback, quiet
+from .callbacks import MemoryGateCallback, RunCallback, quiet
 from .checkpoints import check_resume, record_run, resolve_checkpoint
 from .data.collator import InfiniCollator
-from .data.lane_order import LaneSampler
-from .gate import MemoryGate
+from .data.lane_order import LaneSampler, lane_column
+from .dilution import MemoryDilution
+from .gate import trainable_gates
 from .lanes import Lanes
-from .segment_step import StepOptions, cut_segments, score_segments, segment_major_loss, shift_labels
+from .segment_step import StepOptions, cut_segments, score_segments, segment_major_loss, shift_labels, shift_weights
 from .streaming import require_patched
 from .training_args import InfiniTrainingArguments
 
+# Columns that say where a row belongs, and what its targets weigh.
 LANE_COLUMNS = ("document", "part")
+WEIGHTS = "loss_weights"
 NO_LABELS = (
     "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
     "For language modelling add labels equal to input_ids (pack_documents does)"
@@ -63,15 +65,23 @@ class InfiniTrainer(Trainer):
         self.label_smoother = None
         self.gates = MemoryGateCallback(plot=args.plot_memory_gates)
         self.add_callback(self.gates)
-        self.add_callback(LaneCallback(self))
+        self.add_callback(RunCallback(self))
         for kind in (ProgressCallback, PrinterCallback):
             if (shown := self.pop_callback(kind)) is not None:
                 self.add_callback(quiet(type(shown)))
         self.options = StepOptions(
             args.bptt_segments, args.recompute_segments, args.offload_memory_states, args.label_smoothing_factor
         )
+        self.dilution = MemoryDilution(
+            args.memory_dilution,
+            args.memory_dilution_probability,
+            args.memory_dilution_ramp,
+            args.memory_dilution_threshold,
+        )
         self.lanes = Lanes(config)
         self.lane_sampler = self.lane_file = None
+        # Counts of the emphasised targets since the last optimizer step, `(2,)` int64 each.
+        self.answers = []
         self.scored = None
         self._refuse_what_cannot_work()
 
@@ -80,6 +90,13 @@ class InfiniTrainer(Trainer):
             raise NotImplementedError(
                 f"{self.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
                 "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
+        rule = infini_config_of(self.lanes.config).memory_update
+        if self.args.memory_dilution > 1 and rule != "linear":
+            raise ValueError(
+                f"memory_dilution={self.args.memory_dilution} with memory_update={rule!r}: a scaled write equals "
+                "repeated ones under the linear rule alone; patch with memory_update='linear', or leave "
+                "memory_dilution at 1"
             )
         if self.get_cp_size() > 1 or self.get_sp_size() > 1:
             raise NotImplementedError(
@@ -100,7 +117,7 @@ class InfiniTrainer(Trainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *LANE_COLUMNS]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *LANE_COLUMNS, WEIGHTS]))
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
@@ -134,23 +151,28 @@ class InfiniTrainer(Trainer):
         watch = self.gates.watch if self._logs_this_step() else None
         self.gates.check_row(len(segments), infini_config_of(self.lanes.config).segment_length)
         inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
-        loss, cache = segment_major_loss(inner, segments, cache, num_items, self.options, model, watch, filling)
+        self.dilution.advance(self.state.global_step / max(1, self.state.max_steps))
+        scale = self.dilution.draw(input_ids.shape[0], len(segments))
+        loss, cache = segment_major_loss(
+            inner, segments, cache, num_items, self.options, model, watch, filling, scale, self.answers.append
+        )
         if watch is not None:
             self.gates.note_memory(cache)
         if carry:
             self.lanes.close(document, part, cache)
         return {"loss": loss}
 
-    def _cut(self, input_ids, labels=None, attention_mask=None, trim=True, **others):
+    def _cut(self, input_ids, labels=None, attention_mask=None, loss_weights=None, trim=True, **others):
         """Segments of a batch, and how many more calls of the model this rank owes to the others."""
         if others:
             raise ValueError(
                 f"the batch has {sorted(others)}, which InfiniTrainer does not read: it takes input_ids, labels, "
-                "attention_mask, document and part; drop the columns, or use the stock Trainer"
+                "attention_mask, loss_weights, document and part; drop the columns, or use the stock Trainer"
             )
         length = infini_config_of(self.lanes.config).segment_length
         targets = None if labels is None else shift_labels(labels)
-        segments = cut_segments(input_ids, attention_mask, targets, length, trim)
+        weights = None if loss_weights is None else shift_weights(loss_weights)
+        segments = cut_segments(input_ids, attention_mask, targets, length, trim, weights)
         if self.args.world_size == 1:
             return segments, 0
         calls = torch.tensor([len(segments)], device=input_ids.device)
@@ -176,8 +198,15 @@ class InfiniTrainer(Trainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs = {**logs, **self.gates.metrics(self.model)}
+            logs = {**logs, **self.dilution.metrics(), **self.gates.metrics(self.model)}
         super().log(logs, start_time)
+
+    def note_answers(self):
+        """Tell the dilution how many answers of the last step were right, on all ranks together."""
+        if self.answers:
+            counts = self.accelerator.gather(torch.stack(self.answers).sum(0)[None]).sum(0)
+            self.answers.clear()
+            self.dilution.note(*counts.tolist())
 
     # Evaluation
 
@@ -219,6 +248,7 @@ class InfiniTrainer(Trainer):
         self.gates.start = None
         if resume_from_checkpoint is not None:
             record = check_resume(resume_from_checkpoint, self)
+            self.dilution.restore(record["dilution"])
             self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
         self.lane_file = None if resume_from_checkpoint is None else self._lane_file(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -240,25 +270,3 @@ class InfiniTrainer(Trainer):
             record_run(output_dir, self)
         # The state file that makes a checkpoint whole comes after what every rank has to add.
         self.accelerator.wait_for_everyone()
-
-
-def trainable_gates(model):
-    """Parameters of the gates that are trained, in the order of the layers."""
-    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    return [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]
-
-
-def lane_column(dataset, name):
-    """One column of a dataset, as a list."""
-    first = dataset[0]
-    if name not in first:
-        raise ValueError(
-            f"carry_memory=True needs the column {name!r} in every row, and the dataset has {sorted(first)}: make it "
-            "with infini_hf.data.packing.pack_documents"
-        )
-    if is_datasets_available():
-        import datasets
-
-        if isinstance(dataset, datasets.Dataset):
-            return list(dataset[name])
-    return [row[name] for row in dataset]

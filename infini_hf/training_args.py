@@ -4,6 +4,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from .dilution import RAMPS
+
 
 @dataclass
 class InfiniTrainingArguments(TrainingArguments):
@@ -23,6 +25,16 @@ class InfiniTrainingArguments(TrainingArguments):
         carry_memory (`bool`, *optional*, defaults to `False`):
             Continue a document in the next micro-batch with the memory of the last. The dataset needs the columns
             `document` and `part`, as [`infini_hf.data.packing.pack_documents`] makes them.
+        memory_dilution (`float`, *optional*, defaults to `1.0`):
+            The most that the write of a segment is scaled by during training, as if as much had been read; 1 is off.
+            About the longest length wanted over the length of the rows. Linear rule only.
+        memory_dilution_probability (`float`, *optional*, defaults to `0.5`):
+            Share of the segments whose write is scaled.
+        memory_dilution_ramp (`str`, *optional*, defaults to `"clock"`):
+            `"clock"` raises the scale log-linearly between 30 % and 70 % of the steps; `"accuracy"` doubles it when
+            the running accuracy of emphasised targets (those with a `loss_weights` above 1) passes the threshold.
+        memory_dilution_threshold (`float`, *optional*, defaults to `0.9`):
+            That accuracy, of 1.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
 
@@ -49,6 +61,18 @@ class InfiniTrainingArguments(TrainingArguments):
     carry_memory: bool = field(
         default=False, metadata={"help": "Continue a document in the next micro-batch with the memory of the last."}
     )
+    memory_dilution: float = field(
+        default=1.0, metadata={"help": "The most that a segment's write is scaled by in training; 1 is off."}
+    )
+    memory_dilution_probability: float = field(
+        default=0.5, metadata={"help": "Share of the segments whose write is scaled."}
+    )
+    memory_dilution_ramp: str = field(
+        default="clock", metadata={"help": "clock, or accuracy: doubled whenever the answers are right."}
+    )
+    memory_dilution_threshold: float = field(
+        default=0.9, metadata={"help": "Running accuracy at which memory_dilution_ramp=accuracy doubles the scale."}
+    )
     plot_memory_gates: bool = field(
         default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
     )
@@ -59,6 +83,14 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(f"memory_gate_learning_rate={self.memory_gate_learning_rate}: must not be negative")
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
+        if self.memory_dilution < 1:
+            raise ValueError(f"memory_dilution={self.memory_dilution}: must be at least 1, which is off")
+        for name in ("memory_dilution_probability", "memory_dilution_threshold"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")
+        if self.memory_dilution_ramp not in RAMPS:
+            ramps = ", ".join(map(repr, RAMPS))
+            raise ValueError(f"memory_dilution_ramp={self.memory_dilution_ramp!r}: must be one of {ramps}")
         if self.offload_memory_states and not self.recompute_segments:
             raise ValueError(
                 "offload_memory_states=True with recompute_segments=False: the activations stay on the device, so "

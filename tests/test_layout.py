@@ -12,7 +12,7 @@ import infini_hf
 PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
-    "version assets data heap",
+    "version assets data heap dilution",
     "config memory segments gate inputs segment_step training_args",
     "layer_state",
     "cache",

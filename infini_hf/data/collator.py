@@ -11,6 +11,8 @@ from .documents import check_count
 logger = logging.getLogger(__name__)
 
 IGNORED = -100
+WEIGHTS = "loss_weights"
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", WEIGHTS)
 ADD_LABELS = (
     "add labels (for language modelling: the input_ids themselves), or make the rows with pack_documents or "
     "summarization_rows"
@@ -27,8 +29,8 @@ class InfiniCollator:
 
     Returns, when called with a list of rows:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` (-100 at padding) and `attention_mask` (0 at padding), each
-        `(batch, seq_len)` int64; `document` and `part`, `(batch,)` int64, when every row has them. Other columns are
-        left out.
+        `(batch, seq_len)` int64; when every row has them, `loss_weights` `(batch, seq_len)` float32 (0 at padding),
+        `document` and `part`, `(batch,)` int64. Other columns are left out.
 
     Raises:
         ValueError: when the tokenizer has neither token, a row has no `input_ids` or no `labels`, is empty, or its
@@ -56,6 +58,8 @@ class InfiniCollator:
             "labels": self.padded(rows, "labels", IGNORED),
             "attention_mask": self.padded(rows, "attention_mask", 0),
         }
+        if all(WEIGHTS in row for row in rows):
+            batch[WEIGHTS] = self.padded(rows, WEIGHTS, 0.0)
         for name in ("document", "part"):
             if all(name in row for row in rows):
                 batch[name] = torch.tensor([int(row[name]) for row in rows])
@@ -90,14 +94,15 @@ def checked(row, index):
     length = len(row["input_ids"])
     if not length:
         raise ValueError(f"{which} is empty: leave it out of the dataset")
-    columns = {name: row[name] for name in ("input_ids", "labels", "attention_mask") if row.get(name) is not None}
+    columns = {name: row[name] for name in TOKEN_COLUMNS if row.get(name) is not None}
     for name, values in columns.items():
         if len(values) != length:
             raise ValueError(f"{which} has {len(values)} {name} for {length} input_ids: give one for each token")
     tensors = {name: torch.as_tensor(values) for name, values in columns.items()}
     for name, values in tensors.items():
-        if values.ndim != 1 or values.is_floating_point():
+        if values.ndim != 1 or values.is_floating_point() != (name == WEIGHTS):
             raise ValueError(
-                f"{which} has {name} of shape {tuple(values.shape)} and {values.dtype}: give a plain list of ids"
+                f"{which} has {name} of shape {tuple(values.shape)} and {values.dtype}: give a plain list of "
+                f"{'floats' if name == WEIGHTS else 'ids'}"
             )
     return {**row, "attention_mask": torch.ones(length, dtype=torch.int64), **tensors}

@@ -4,6 +4,7 @@ from collections import defaultdict
 from itertools import groupby
 
 import torch
+from transformers.utils import is_datasets_available
 
 
 class LaneSampler(torch.utils.data.Sampler):
@@ -94,3 +95,19 @@ def lane_stream(dataset, lanes):
     from datasets import IterableDataset
 
     return IterableDataset.from_generator(interleave, gen_kwargs={"rows": dataset, "lanes": lanes})
+
+
+def lane_column(dataset, name):
+    """One column of a dataset, as a list."""
+    first = dataset[0]
+    if name not in first:
+        raise ValueError(
+            f"carry_memory=True needs the column {name!r} in every row, and the dataset has {sorted(first)}: make it "
+            "with infini_hf.data.packing.pack_documents"
+        )
+    if is_datasets_available():
+        import datasets
+
+        if isinstance(dataset, datasets.Dataset):
+            return list(dataset[name])
+    return [row[name] for row in dataset]

@@ -1,0 +1,75 @@
+"""Memory dilution: short rows that look, to whatever reads the memory, like the end of a long history.
+
+The linear write is a sum, so a segment read α times over writes α times as much. Scaling a row's writes by random α
+during training shows the model how little of a needle is left among a thousand times as many distractors, at no cost.
+"""
+
+from collections import deque
+
+import torch
+
+RAMPS = ("clock", "accuracy")
+# The clock: no dilution before retrieval can have been learned, the whole of it for the last part.
+FIRST, LAST = 0.3, 0.7
+# Answers that a running accuracy is taken over.
+WINDOW = 400
+
+
+class MemoryDilution:
+    """How strongly writes are scaled at the moment, and the scales of a row.
+
+    Args:
+        highest (`float`): the most that a write is scaled by at the end of the ramp; 1 is off.
+        probability (`float`): share of a row's segments whose write is scaled.
+        ramp (`str`): `"clock"` raises the scale between 30 % and 70 % of the steps, log-linearly; `"accuracy"` doubles
+            it whenever the running accuracy of the answers passes `threshold`.
+        threshold (`float`): that accuracy, of 1.
+    """
+
+    def __init__(self, highest, probability=0.5, ramp="clock", threshold=0.9):
+        self.highest, self.probability, self.ramp, self.threshold = highest, probability, ramp, threshold
+        self.strength = 1.0
+        self.answers = deque()
+
+    def advance(self, progress):
+        """Move the clock to `progress`, the share of the steps that is done, 0 to 1."""
+        if self.ramp == "clock":
+            share = min(1.0, max(0.0, (progress - FIRST) / (LAST - FIRST)))
+            self.strength = self.highest**share
+
+    def note(self, correct, asked):
+        """Count the answers of a step, and double the strength when enough of the last ones were right."""
+        if not asked:
+            return
+        self.answers.append((correct, asked))
+        while sum(count for _, count in self.answers) - self.answers[0][1] >= WINDOW:
+            self.answers.popleft()
+        full = sum(count for _, count in self.answers) >= WINDOW
+        if self.ramp == "accuracy" and full and self.accuracy >= self.threshold and self.strength < self.highest:
+            self.strength = min(self.highest, 2 * self.strength)
+            self.answers.clear()
+
+    @property
+    def accuracy(self):
+        """Share of right answers among the last ones, or `None` before the first."""
+        asked = sum(count for _, count in self.answers)
+        return sum(right for right, _ in self.answers) / asked if asked else None
+
+    def draw(self, batch, segments):
+        """Scales `(batch, segments)` float32: 1, or with the given probability α, log-uniform up to the strength."""
+        if self.strength <= 1.0:
+            return None
+        scale = self.strength ** torch.rand(batch, segments)
+        return torch.where(torch.rand(batch, segments) < self.probability, scale, 1.0)
+
+    def metrics(self):
+        """What is logged: the strength, where dilution is on, and the running accuracy of the answers."""
+        found = {} if self.highest <= 1.0 else {"memory_dilution": self.strength}
+        return found if self.accuracy is None else {**found, "answer_accuracy": self.accuracy}
+
+    def state(self):
+        """What a checkpoint keeps."""
+        return {"strength": self.strength, "answers": list(self.answers)}
+
+    def restore(self, state):
+        self.strength, self.answers = state["strength"], deque(tuple(pair) for pair in state["answers"])

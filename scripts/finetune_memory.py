@@ -1,0 +1,56 @@
+"""Teach a patched model to remember: facts hidden in novels and grass filler, rows of at most a few thousand tokens.
+
+    python scripts/finetune_memory.py --config configs/pretrain/tiny_llama_infini.yaml --train_folder NOVELS/train
+
+Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
+whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`.
+"""
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from transformers import set_seed
+
+from infini_hf import InfiniTrainer, InfiniTrainingArguments
+from infini_hf.cache import infini_config_of
+from infini_hf.checkpoints import last_whole_checkpoint
+from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.script_arguments import ModelArguments
+from infini_hf.data.base_rows import read_texts
+from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+
+
+@dataclass(frozen=True)
+class RowArguments(MemoryRowStyle):
+    """The rows: see infini_hf.data.memory_rows."""
+
+    train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
+
+    def style(self):
+        names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
+        return MemoryRowStyle(**{name: getattr(self, name) for name in names})
+
+
+def main(argv=None):
+    model_args, row_args, args = parse_arguments(
+        (ModelArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
+    )
+    set_seed(args.seed)
+    model, tokenizer = model_args.load()
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = MemoryRows(
+        read_texts(row_args.train_folder),
+        tokenizer,
+        count,
+        infini_config_of(model.config).segment_length,
+        row_args.style(),
+        args.seed,
+    )
+    trainer = InfiniTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
+    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
+    trainer.save_model(str(Path(args.output_dir) / "final"))
+
+
+if __name__ == "__main__":
+    main()

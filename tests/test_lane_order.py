@@ -1,0 +1,102 @@
+"""Rows in lane order: every row of a batch goes on with the document that its lane has read."""
+
+from itertools import islice, pairwise
+
+import pytest
+from datasets import Dataset, IterableDataset
+from training import tiny_rows
+
+from infini_hf.data.lane_order import LaneSampler, interleave, lane_stream
+
+UNEVEN = [(document, part) for document, parts in enumerate((5, 1, 3, 2, 7, 1, 1)) for part in range(parts)]
+
+
+def sampled(epoch=0, lanes=3, seed=0, rows=UNEVEN, **options):
+    """Batches of `(document, part)` in the order of a sampler."""
+    sampler = LaneSampler(*zip(*rows, strict=True), lanes, seed, **options)
+    sampler.set_epoch(epoch)
+    indices = list(sampler)
+    assert len(indices) == len(sampler)
+    return [[rows[index] for index in indices[start : start + lanes]] for start in range(0, len(indices), lanes)]
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3, 7])
+def test_every_row_continues_the_batch_before_or_begins_a_document(lanes):
+    for epoch in range(5):
+        batches = sampled(epoch, lanes)
+        assert len(batches) == -(-len(UNEVEN) // lanes)
+        assert all(part == 0 for _, part in batches[0])
+        for before, after in pairwise(batches):
+            for (document, part), (last, last_part) in zip(after, before, strict=True):
+                assert part == 0 or (document, part) == (last, last_part + 1)
+
+
+def test_a_lane_reads_whole_documents_until_the_epoch_ends():
+    counts = {document: sum(d == document for d, _ in UNEVEN) for document, _ in UNEVEN}
+    for lane in zip(*sampled(), strict=True):
+        for (document, part), (_, following) in pairwise(lane):
+            assert following or part + 1 == counts[document]
+
+
+def test_one_lane_reads_every_row_once():
+    assert sorted(row for batch in sampled(lanes=1) for row in batch) == sorted(UNEVEN)
+
+
+def test_rows_may_be_stored_in_any_order():
+    assert sampled(rows=UNEVEN[::-1], shuffle=False, lanes=1) == [
+        [row] for row in sorted(UNEVEN, key=lambda r: (-r[0], r[1]))
+    ]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    assert sampled(2, seed=1) == sampled(2, seed=1)
+    orders = {str(sampled(epoch, seed=seed)) for epoch in range(4) for seed in (0, 10)}
+    assert len(orders) == 8
+    assert sampled(0, shuffle=False) == sampled(3, shuffle=False)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lanes", "message"),
+    [
+        ([(0, 0), (0, 2)], 1, r"document 0 has the parts \[0, 2\]: they must be 0, 1, 2"),
+        ([(0, 0), (4, 1), (4, 1)], 1, r"document 4 has the parts \[1, 1\]"),
+        ([(0, 0), (0, 1), (1, 0)], 3, r"2 documents for 3 lanes .* use a smaller batch"),
+    ],
+)
+def test_rows_that_cannot_be_put_in_order_are_refused(rows, lanes, message):
+    with pytest.raises(ValueError, match=message):
+        LaneSampler(*zip(*rows, strict=True), lanes)
+
+
+@pytest.mark.parametrize("lanes", [1, 2, 3])
+def test_a_stream_is_interleaved_until_a_lane_runs_dry(lanes):
+    rows = tiny_rows(documents=7)
+    ordered = list(interleave(iter(rows), lanes))
+    assert len(ordered) % lanes == 0
+    assert len(ordered) > len(rows) - 3 * lanes
+    lanes_read = [ordered[lane::lanes] for lane in range(lanes)]
+    for lane in lanes_read:
+        for before, after in pairwise(lane):
+            follows = (after["document"], after["part"]) == (before["document"], before["part"] + 1)
+            assert follows or after["part"] == 0
+    if lanes == 1:
+        assert ordered == rows
+
+
+def test_a_stream_is_read_no_further_than_needed():
+    def endless():
+        document = 0
+        while True:
+            yield from ({"document": document, "part": part} for part in range(2))
+            document += 1
+
+    read_so_far = [(row["document"], row["part"]) for row in islice(interleave(endless(), 2), 6)]
+    assert read_so_far == [(0, 0), (1, 0), (0, 1), (1, 1), (2, 0), (3, 0)]
+
+
+def test_a_streamed_dataset_becomes_one_in_lane_order():
+    rows = tiny_rows(documents=5)
+    stream = lane_stream(Dataset.from_list(rows).to_iterable_dataset(), 2)
+    assert isinstance(stream, IterableDataset)
+    assert list(stream) == list(interleave(iter(rows), 2))
+    assert list(stream) == list(stream)

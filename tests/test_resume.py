@@ -1,0 +1,257 @@
+"""A run that was killed and resumed is the run that was not."""
+
+import json
+import logging
+import multiprocessing
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+from training import CARRY, OnStepEnd, assert_equal_tensors, make_trainer, tiny_model, weights_of
+
+from infini_hf.checkpoints import RECORD, is_whole, resolve_checkpoint
+
+MEMORY = {"fresh": False, "carry": True}
+STEPS = 9
+
+
+def run_of(folder, carry, **options):
+    """A run of three epochs whose steps depend on everything that a checkpoint has to bring back.
+
+    Dropout and shuffling need the random state, the schedule its step, momentum the optimizer.
+    """
+    arguments = {
+        "max_steps": STEPS,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "memory_gate_learning_rate": 0.1,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 3,
+        "train_sampling_strategy": "random",
+        "carry_memory": carry,
+    }
+    options = {"model": tiny_model(overrides={"attention_dropout": 0.2}, **CARRY), **arguments, **options}
+    return make_trainer(folder, **options)
+
+
+def outcome(trainer):
+    """Weights and the log of the steps, without the clock."""
+    return weights_of(trainer.model), [entry for entry in trainer.state.log_history if "loss" in entry]
+
+
+def assert_same_outcome(trainer, expected):
+    weights, log = outcome(trainer)
+    assert [entry["step"] for entry in log] == list(range(1, STEPS + 1))
+    assert log == expected[1]
+    assert_equal_tensors(weights, expected[0])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """For each kind of memory the outcome of the whole run, and its folder with a checkpoint of every step."""
+    runs = {}
+    for name, carry in MEMORY.items():
+        folder = tmp_path_factory.mktemp(name)
+        trainer = run_of(folder, carry, save_steps=1)
+        trainer.train()
+        runs[name] = outcome(trainer), folder
+    return runs
+
+
+@pytest.fixture
+def checkpoints(uninterrupted, tmp_path):
+    """A function that copies some checkpoints of the whole run into a folder of their own."""
+
+    def copied(name, *steps):
+        for step in steps:
+            shutil.copytree(uninterrupted[name][1] / f"checkpoint-{step}", tmp_path / f"checkpoint-{step}")
+        return tmp_path
+
+    return copied
+
+
+# Killed
+
+
+def train_slowly(folder, carry, pause):
+    """What the process that is killed does."""
+    torch.set_num_threads(1)
+    trainer = run_of(folder, carry, parts={"callbacks": [OnStepEnd(lambda state: time.sleep(pause))]})
+    trainer.train(resume_from_checkpoint=any(map(is_whole, folder.glob("checkpoint-*"))))
+
+
+def kill_while_training(folder, carry, after, delay, pause=0.05):
+    """Start or continue the run in a process of its own; kill it `delay` seconds after the file `after` is there."""
+    # A server that has imported everything once; what it forks has no threads but its own.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["datasets", "infini_hf.trainer"])
+    process = context.Process(target=train_slowly, args=(folder, carry, pause))
+    process.start()
+    deadline = time.monotonic() + 120
+    while process.is_alive() and not (folder / after).exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.0005)
+    time.sleep(delay)
+    process.kill()
+    process.join()
+    assert process.exitcode == -signal.SIGKILL, "the run ended before it was killed"
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_run_that_is_killed_twice_ends_as_if_it_never_was(tmp_path, uninterrupted, memory):
+    carry = MEMORY[memory]
+    # Somewhere between two steps, then while a checkpoint is being written.
+    kill_while_training(tmp_path, carry, "checkpoint-2/trainer_state.json", random.uniform(0.0, 0.1))
+    kill_while_training(tmp_path, carry, "checkpoint-6", random.uniform(0.0, 0.02))
+    assert is_whole(tmp_path / "checkpoint-4")
+    assert not (tmp_path / "checkpoint-8").exists()
+    trainer = run_of(tmp_path, carry)
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_outcome(trainer, uninterrupted[memory][0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("memory", MEMORY)
+def test_a_run_may_be_killed_at_any_moment(tmp_path, uninterrupted, memory, seed):
+    moments = random.Random(seed)
+    for step in (2, 4, 6, 8):
+        kill_while_training(tmp_path, MEMORY[memory], f"checkpoint-{step}", moments.uniform(0.0, 0.08), pause=0.1)
+    trainer = run_of(tmp_path, MEMORY[memory])
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_outcome(trainer, uninterrupted[memory][0])
+
+
+# Resumed
+
+
+@pytest.mark.parametrize("step", [1, 3, 7])
+@pytest.mark.parametrize("memory", MEMORY)
+def test_every_checkpoint_leads_to_the_same_end(checkpoints, uninterrupted, memory, step):
+    """In the first epoch, at the end of one, and in later ones."""
+    trainer = run_of(checkpoints(memory, step), MEMORY[memory])
+    trainer.train(resume_from_checkpoint=True)
+    assert_same_outcome(trainer, uninterrupted[memory][0])
+
+
+def test_the_whole_run_learned_and_shuffled(uninterrupted):
+    """What makes the comparisons above mean something."""
+    fresh, carry = (uninterrupted[name][0] for name in MEMORY)
+    assert fresh[1][-1]["loss"] != carry[1][-1]["loss"]
+    assert len({entry["loss"] for entry in carry[1]}) == STEPS
+    assert carry[1][-1]["memory_gate_moved"] > 0
+    assert carry[1][-1]["epoch"] == 3
+
+
+# Broken checkpoints
+
+
+def truncate_state(folder):
+    path = folder / "trainer_state.json"
+    path.write_bytes(path.read_bytes()[:100])
+
+
+def remove_state(folder):
+    (folder / "trainer_state.json").unlink()
+
+
+def leave_the_folder_alone(folder):
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+@pytest.mark.parametrize("damage", [truncate_state, remove_state, leave_the_folder_alone])
+def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(checkpoints, uninterrupted, damage, caplog):
+    folder = checkpoints("carry", 4, 7, 8)
+    damage(folder / "checkpoint-8")
+    trainer = run_of(folder, True)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        trainer.train(resume_from_checkpoint=True)
+    assert "checkpoint-8 was not written to its end: going back to the one before" in caplog.text
+    assert "checkpoint-7" not in caplog.text
+    assert_same_outcome(trainer, uninterrupted["carry"][0])
+
+
+def test_a_broken_checkpoint_that_is_named_is_refused(checkpoints):
+    folder = checkpoints("fresh", 4)
+    remove_state(folder / "checkpoint-4")
+    with pytest.raises(ValueError, match="checkpoint-4: is no whole checkpoint"):
+        run_of(folder, False).train(resume_from_checkpoint=str(folder / "checkpoint-4"))
+    with pytest.raises(ValueError, match="holds no whole checkpoint: start without resume_from_checkpoint"):
+        run_of(folder, False).train(resume_from_checkpoint=True)
+
+
+def test_the_last_checkpoint_is_that_of_the_greatest_step(tmp_path):
+    for name in ("checkpoint-9", "checkpoint-100", "checkpoint-20", "checkpoint-2000-copy", "checkpoint-best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "trainer_state.json").write_text("{}")
+    assert resolve_checkpoint(True, tmp_path) == str(tmp_path / "checkpoint-100")
+    assert resolve_checkpoint(str(tmp_path / "checkpoint-9"), tmp_path) == str(tmp_path / "checkpoint-9")
+    assert resolve_checkpoint(None, tmp_path) is resolve_checkpoint(False, tmp_path) is None
+
+
+def test_there_is_nothing_to_resume_in_an_empty_folder(tmp_path):
+    with pytest.raises(ValueError, match="holds no whole checkpoint"):
+        run_of(tmp_path / "nowhere", False).train(resume_from_checkpoint=True)
+
+
+# Another run
+
+
+@pytest.mark.parametrize(
+    ("memory", "options", "message"),
+    [
+        (
+            "fresh",
+            {"model": {"segment_length": 16, **CARRY}},
+            "segment_length=8.*segment_length=16.*same values to resume",
+        ),
+        ("fresh", {"model": {}}, "patch with the same values to resume, or load the weights and start a new run"),
+        ("fresh", {"carry_memory": True}, "trained with carry_memory=False, and this run has carry_memory=True"),
+        ("carry", {"carry_memory": False}, "trained with carry_memory=True, and this run has carry_memory=False"),
+        (
+            "carry",
+            {"per_device_train_batch_size": 3},
+            "carries the memory of 2 lanes, and this run has 3: resume with the same per_device_train_batch_size",
+        ),
+    ],
+)
+def test_a_checkpoint_of_another_run_is_refused(checkpoints, memory, options, message):
+    folder = checkpoints(memory, 4)
+    model = {"model": tiny_model(**options["model"])} if "model" in options else {}
+    with pytest.raises(ValueError, match=message):
+        run_of(folder, MEMORY[memory], **{**options, **model}).train(resume_from_checkpoint=True)
+
+
+def test_lanes_of_another_number_of_processes_are_refused(checkpoints):
+    folder = checkpoints("carry", 4)
+    record = folder / "checkpoint-4" / RECORD
+    record.write_text(json.dumps({**json.loads(record.read_text()), "processes": 4}))
+    with pytest.raises(
+        ValueError, match=r"the memory of 4 processes, and this run has 1: .* same number of processes"
+    ):
+        run_of(folder, True).train(resume_from_checkpoint=True)
+
+
+def test_another_batch_size_is_fine_where_no_memory_is_carried(checkpoints):
+    trainer = run_of(checkpoints("fresh", 4), False, per_device_train_batch_size=1, gradient_accumulation_steps=4)
+    trainer.train(resume_from_checkpoint=True)
+    assert trainer.state.global_step == STEPS
+
+
+def test_a_checkpoint_of_the_stock_trainer_is_refused(checkpoints):
+    folder = checkpoints("fresh", 4)
+    (folder / "checkpoint-4" / RECORD).unlink()
+    with pytest.raises(ValueError, match=r"was not written by InfiniTrainer .* start a new run"):
+        run_of(folder, False).train(resume_from_checkpoint=True)
+
+
+def test_a_checkpoint_that_lost_its_lanes_is_refused(checkpoints):
+    folder = checkpoints("carry", 4)
+    (folder / "checkpoint-4" / "lanes_0.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"lanes_0\.safetensors"):
+        run_of(folder, True).train(resume_from_checkpoint=True)
