@@ -35,7 +35,9 @@ class MemoryGateCallback(TrainerCallback):
         self.start = None
         self.memory_norms = {}
         self.write_gradients = defaultdict(float)
-        self.checked = False
+        # Segments of the longest row before the first log.
+        self.longest = 0
+        self.warned = False
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         # A resumed run measures from where it began first.
@@ -59,17 +61,20 @@ class MemoryGateCallback(TrainerCallback):
                 FAR_ENOUGH,
             )
 
-    def check_row(self, segments, segment_length):
-        """Warn, once, when rows are too short for a memory to be learned from."""
-        if segments < FEWEST_SEGMENTS and not self.checked:
+    def note_row(self, segments):
+        """Count the segments of a micro-batch."""
+        self.longest = max(self.longest, segments)
+
+    def warn_of_short_rows(self):
+        """Say, once, when none of the rows before the first log was long enough to learn a memory from."""
+        if 0 < self.longest < FEWEST_SEGMENTS and not self.warned:
             logger.warning(
-                "rows of %d segments of %d tokens: a memory is learned from what is read back later, and fewer than "
-                "%d segments a row leave little of it. Use longer rows or shorter segments",
-                segments,
-                segment_length,
+                "rows of at most %d segments: a memory is learned from what is read back later, and fewer than %d "
+                "segments a row leave little of it. Use longer rows or shorter segments",
+                self.longest,
                 FEWEST_SEGMENTS,
             )
-        self.checked = True
+        self.warned = True
 
     def watch(self, index, cache):
         """Note the gradient that reaches what the segments before `index` have written."""
@@ -91,6 +96,7 @@ class MemoryGateCallback(TrainerCallback):
 
     def metrics(self, model):
         """What is logged: `{"memory_gate/layer_0/mean": …}` and the like, and the summary `memory_gate/moved`."""
+        self.warn_of_short_rows()
         values, metrics, moved = gate_values(model), {}, []
         for index, gates in values.items():
             name = f"{PREFIX}layer_{index}/"

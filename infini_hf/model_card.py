@@ -1,6 +1,7 @@
 """The model card of a run: what was trained how on what, where its gates stand, and what the controls say."""
 
 import json
+from dataclasses import fields
 from pathlib import Path
 
 from transformers import TrainingArguments
@@ -11,8 +12,9 @@ from .evaluation.controls import closed_memory
 from .streaming import require_patched
 from .version import __version__
 
-# Options of a run that its reader wants to see where they differ from the default.
-SILENT = {"output_dir", "logging_dir", "run_name", "report_to", "hub_token", "local_rank", "disable_tqdm", "use_cpu"}
+# Options that say nothing about a run, or that every run gets from the machine or from the others.
+SILENT = set("output_dir run_name report_to hub_token disable_tqdm use_cpu dataloader_pin_memory debug".split())
+SILENT |= {"accelerator_config", "activation_checkpointing", "gradient_checkpointing", "include_for_metrics"}
 
 
 def evaluate_with_control(trainer):
@@ -35,6 +37,8 @@ def evaluate_with_control(trainer):
 def write_model_card(trainer, folder, base, data, command, results):
     """Write `README.md` and `results.json` into the folder of a trained model.
 
+    Every process has to call this, for the gates of a sharded model are gathered; the first one writes.
+
     Args:
         trainer ([`infini_hf.InfiniTrainer`]): after training.
         folder (`str` or `Path`): the folder of the model.
@@ -46,19 +50,28 @@ def write_model_card(trainer, folder, base, data, command, results):
     Returns:
         `Path`: the card.
     """
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+    path = Path(folder) / "README.md"
+    gates = gate_lines(trainer.model)
+    if trainer.is_world_process_zero():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (path.parent / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        lines = card_lines(trainer, base, data, command, [*result_lines(results), "", "## Gates", "", *gates])
+        path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def card_lines(trainer, base, data, command, findings):
+    """The lines of a card, of which the last are `findings`."""
     inner = require_patched(trainer.model)
     patch = infini_config_of(inner.config).to_dict()
     kind = "LoRA adapters and gates" if inner is not trainer.model else "all weights"
-    lines = [
+    return [
         "---",
         f"base_model: {base}",
         "library_name: " + ("peft" if inner is not trainer.model else "transformers"),
         "tags: [infini-attention, infini_hf]",
         "---",
-        f"# {folder.resolve().name}",
+        f"# {Path(trainer.args.output_dir).resolve().name}",
         "",
         f"`{base}` with Infini-attention (arXiv 2404.07143), {kind} trained by infini_hf {__version__}.",
         "",
@@ -75,20 +88,15 @@ def write_model_card(trainer, folder, base, data, command, results):
         "",
         "## Evaluation",
         "",
-        *result_lines(results),
-        "",
-        "## Gates",
-        "",
-        *gate_lines(trainer.model),
+        *findings,
     ]
-    path = folder / "README.md"
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return path
 
 
 def changed_options(args):
     """The options of a run that are not the stock defaults."""
-    ours, stock = args.to_dict(), TrainingArguments("unused", use_cpu=args.use_cpu).to_dict()
+    # The defaults of the class: to make an instance is to reset the state that all accelerators of the process share.
+    stock = {field.name: field.default for field in fields(TrainingArguments)}
+    ours = args.to_dict()
     return {name: value for name, value in ours.items() if name not in SILENT and stock.get(name) != value}
 
 

@@ -169,6 +169,8 @@ def read_segment(model, segment, cache, num_items, options, recompute, scale=Non
     empty = cache.with_tensors(None for _ in state)
 
     def read(*state):
+        if recompute and segment.input_ids.numel() >= WORTH_RELEASING:
+            release_free_pages(segment.input_ids.device)
         twin = empty.with_tensors(state)
         return *segment_loss(model, segment, twin, num_items, options.label_smoothing, scale), twin
 
@@ -185,8 +187,6 @@ def segment_loss(model, segment, cache, num_items, label_smoothing=0.0, scale=No
 
     It is the model's own loss where neither weights nor smoothing are asked for.
     """
-    if segment.input_ids.numel() >= WORTH_RELEASING:
-        release_free_pages(segment.input_ids.device)
     inputs = {
         "input_ids": segment.input_ids,
         "attention_mask": segment.attention_mask,

@@ -60,7 +60,8 @@ class InfiniTrainer(Trainer):
             data_collator = InfiniCollator(kwargs["processing_class"])
         super().__init__(model=model, args=args, data_collator=data_collator, **kwargs)
         config = require_patched(self.model).config
-        config.use_cache = config.use_cache if use_cache is None else use_cache
+        # A model of model_init is made anew, with its own value, when training begins.
+        config.use_cache = True if use_cache is None else use_cache
         # Smoothing happens in each segment.
         self.label_smoother = None
         self.gates = MemoryGateCallback(plot=args.plot_memory_gates)
@@ -149,7 +150,7 @@ class InfiniTrainer(Trainer):
         carry = self.args.carry_memory
         cache = self.lanes.open(document, part) if carry else InfiniCache(self.lanes.config)
         watch = self.gates.watch if self._logs_this_step() else None
-        self.gates.check_row(len(segments), infini_config_of(self.lanes.config).segment_length)
+        self.gates.note_row(len(segments))
         inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
         self.dilution.advance(self.state.global_step / max(1, self.state.max_steps))
         scale = self.dilution.draw(input_ids.shape[0], len(segments))
@@ -252,6 +253,13 @@ class InfiniTrainer(Trainer):
             self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
         self.lane_file = None if resume_from_checkpoint is None else self._lane_file(resume_from_checkpoint)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _run_epoch(self, *args, **kwargs):
+        # A finished run that is resumed: the stock loop would take one step more before it counts them.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
 
     def restore_lanes(self, model):
         """Begin with empty lanes, or with those of the checkpoint that is resumed."""

@@ -24,6 +24,13 @@ from infini_hf.evaluation.rouge import rouge_scores
 
 
 @dataclass
+class OptionalModel(ModelArguments):
+    """The model and its patch, which matter to one of the tasks only."""
+
+    model: str = field(default="tiny-llama", metadata={"help": "hub name, folder, or shipped checkpoint"})
+
+
+@dataclass
 class EvaluationArguments:
     """What is measured, and on what."""
 
@@ -61,11 +68,12 @@ def perplexity(model_args, args):
     losses = {name: [way(ids).cpu() for ids in tqdm(texts, desc=name)] for name, way in ways.items()}
     if args.full_attention_up_to:
         unpatch_model(model)
-        reach = args.full_attention_up_to
         losses["full attention"] = [
-            full_attention(model, ids[:, :reach]) for ids in tqdm(texts, desc="full attention")
+            full_attention(model, ids, args.full_attention_up_to) for ids in tqdm(texts, desc="full attention")
         ]
-    edges = doubling_edges(max(ids.shape[1] for ids in texts) - 1, args.first_edge)
+    longest = max(ids.shape[1] for ids in texts) - 1
+    # Full attention has spans of its own, or the last one would mean other tokens than those of its neighbours.
+    edges = sorted({*doubling_edges(longest, args.first_edge), min(args.full_attention_up_to, longest)})
     spans = {name: mean_by_span(parts, edges) for name, parts in losses.items()}
     table = SpanTable(edges, {name: means for name, (means, _) in spans.items()}, spans["memory"][1])
     return table.markdown(), {"edges": edges, "losses": table.rows, "tokens": table.counts}
@@ -77,9 +85,10 @@ def score_closed(model, ids):
 
 
 @torch.no_grad()
-def full_attention(model, ids):
-    ids = ids.to(model.device)
-    logits = model(ids, use_cache=False).logits[0, :-1].float()
+def full_attention(model, ids, reach):
+    """Losses of what the stock model predicts from the first `reach` tokens."""
+    ids = ids[:, : reach + 1].to(model.device)
+    logits = model(ids[:, :-1], use_cache=False).logits[0].float()
     return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
 
 
@@ -88,18 +97,18 @@ def rouge(args):
     if not args.predictions:
         raise ValueError("predictions: name the JSONL files of summarize.py")
     lines, numbers = ["| summaries | ROUGE-1 | ROUGE-2 | ROUGE-L | overall | texts |", "|---|---|---|---|---|---|"], {}
-    for path in map(Path, args.predictions):
+    paths = [Path(path) for path in args.predictions]
+    stems = [path.stem for path in paths]
+    for path in paths:
+        name = path.stem if stems.count(path.stem) == 1 else str(path)
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
         scores = rouge_scores([row["summary"] for row in rows], [row["reference"] for row in rows])
-        numbers[path.stem] = {**scores, "texts": len(rows)}
-        lines.append(
-            f"| {path.stem} | " + " | ".join(f"{value:.2f}" for value in scores.values()) + f" | {len(rows)} |"
-        )
+        numbers[name] = {**scores, "texts": len(rows)}
+        lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in scores.values()) + f" | {len(rows)} |")
     return lines, numbers
 
 
 def main(argv=None):
-    # The model matters to one of the tasks only.
     model_args, args = parse_arguments((OptionalModel, EvaluationArguments), __doc__, argv)
     if args.task not in ("perplexity", "rouge"):
         raise ValueError(f"task={args.task!r}: must be perplexity or rouge")
@@ -112,11 +121,6 @@ def main(argv=None):
         output.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     print(text)
     return numbers
-
-
-@dataclass
-class OptionalModel(ModelArguments):
-    model: str = field(default="tiny-llama", metadata={"help": "hub name, folder, or shipped checkpoint"})
 
 
 if __name__ == "__main__":

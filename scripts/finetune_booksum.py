@@ -8,7 +8,6 @@ With `lora_r` the result in `OUTPUT_DIR/final` is an adapter that knows its patc
 without it a whole checkpoint. Then: scripts/summarize.py, and scripts/evaluate.py for the ROUGE table.
 """
 
-import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,7 +16,7 @@ from transformers import set_seed
 from infini_hf import InfiniTrainer, InfiniTrainingArguments
 from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
-from infini_hf.cli.script_arguments import LoraArguments, ModelArguments
+from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum, summarization_rows
 from infini_hf.model_card import evaluate_with_control, write_model_card
 
@@ -28,8 +27,8 @@ class PairArguments:
 
     source: str = field(default="kmfoda/booksum", metadata={"help": "hub dataset, or folder or file of JSONL pairs"})
     level: str | None = field(default=None, metadata={"help": "chapters or books, where the dataset has both"})
-    train_split: str = "train"
-    eval_split: str = "validation"
+    train_split: str = field(default="train", metadata={"help": "split to train on"})
+    eval_split: str = field(default="validation", metadata={"help": "split to evaluate on"})
     limit: int | None = field(default=None, metadata={"help": "pairs to train on, the first ones"})
     eval_limit: int | None = field(default=None, metadata={"help": "pairs to evaluate on"})
     max_text_tokens: int | None = field(default=None, metadata={"help": "cut texts after so many tokens"})
@@ -58,9 +57,10 @@ def main(argv=None):
     final = Path(args.output_dir) / "final"
     trainer.save_model(str(final))
     results = evaluate_with_control(trainer)
+    command = command_line("scripts/finetune_booksum.py", argv)
+    card = write_model_card(trainer, final, model_args.model, pair_args.source, command, results)
     if trainer.is_world_process_zero():
-        command = " ".join(["python scripts/finetune_booksum.py", *(sys.argv[1:] if argv is None else argv)])
-        print(write_model_card(trainer, final, model_args.model, pair_args.source, command, results))
+        print(card)
     return results
 
 

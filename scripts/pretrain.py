@@ -8,7 +8,6 @@ A run resumes from the last whole checkpoint in its `output_dir`. It leaves the 
 with the closed memory as control in `OUTPUT_DIR/final`.
 """
 
-import sys
 from pathlib import Path
 
 from transformers import set_seed
@@ -17,7 +16,7 @@ from infini_hf import InfiniTrainer, InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
 from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
-from infini_hf.cli.script_arguments import DocumentArguments, ModelArguments
+from infini_hf.cli.script_arguments import DocumentArguments, ModelArguments, command_line
 from infini_hf.model_card import evaluate_with_control, write_model_card
 
 
@@ -40,9 +39,10 @@ def main(argv=None):
     final = Path(args.output_dir) / "final"
     trainer.save_model(str(final))
     results = evaluate_with_control(trainer)
+    command = command_line("scripts/pretrain.py", argv)
+    card = write_model_card(trainer, final, model_args.model, data_args.train_source, command, results)
     if trainer.is_world_process_zero():
-        command = " ".join(["python scripts/pretrain.py", *(sys.argv[1:] if argv is None else argv)])
-        print(write_model_card(trainer, final, model_args.model, data_args.train_source, command, results))
+        print(card)
     return results
 
 

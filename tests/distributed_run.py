@@ -115,10 +115,6 @@ def run_fsdp():
         if world > 1:
             distributed.all_reduce(mean)
         losses.append(mean.item())
-    if world > 1:
-        # Both to the end: a rank that leaves early takes the other's connection with it.
-        distributed.barrier()
-        distributed.destroy_process_group()
     return {"wrapper": type(model).__name__, "losses": losses}
 
 
@@ -128,6 +124,10 @@ def main():
     result = run_trainer(folder, carry) if kind == "trainer" else run_fsdp()
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "result.json").write_text(json.dumps(result))
+    if distributed.is_initialized():
+        # Both to the end: a rank that leaves early takes the other's connection with it.
+        distributed.barrier()
+        distributed.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import typer
 from ..version import __version__
 from .ask import ask
 from .demo import demo
+from .passkey import passkey
 from .read import read
 
 app = typer.Typer(
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command()(demo)
 app.command()(read)
 app.command()(ask)
+app.command()(passkey)
 
 
 def show_version(wanted: bool):

@@ -1,5 +1,8 @@
 """What the scripts have in common: the options of the model, of LoRA and of the data, and how they are carried out."""
 
+import re
+import shlex
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -36,16 +39,20 @@ class ModelArguments:
         names = ("segment_length", "memory_update", "feature_map", "gate", "overlap", "sink_tokens")
         return InfiniConfig(**{name: getattr(self, name) for name in names})
 
-    def load(self, **options):
-        """The patched model and its tokenizer."""
+    def load(self, adapter=None, **options):
+        """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""
         if self.threads:
             torch.set_num_threads(self.threads)
         name = resolve(self.model)
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        model = AutoInfiniModelForCausalLM.from_pretrained(
-            name, infini_config=self.infini_config(), dtype=self.dtype, **options
-        )
+        options["dtype"] = self.dtype
+        if adapter is None:
+            model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=self.infini_config(), **options)
+        else:
+            from ..lora import load_adapter
+
+            model = load_adapter(name, adapter, **options)
         return model, AutoTokenizer.from_pretrained(name)
 
 
@@ -54,7 +61,7 @@ class LoraArguments:
     """Low-rank adapters; full weights without `lora_r`."""
 
     lora_r: int | None = field(
-        default=None, metadata={"help": "rank of the adapters; all weights are trained without"}
+        default=None, metadata={"help": "rank of the adapters; all weights are trained without, or with 0"}
     )
     lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters is lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
@@ -74,7 +81,7 @@ class LoraArguments:
 
     def wrap(self, model):
         """The model with adapters and trainable gates, or the model itself."""
-        if self.lora_r is None:
+        if not self.lora_r:
             if self.load_in_4bit:
                 raise ValueError("load_in_4bit needs lora_r: weights of four bits cannot be trained")
             return model
@@ -89,17 +96,23 @@ def held_out_split(source):
     return "train" if Path(source).exists() else "validation"
 
 
+def command_line(script, argv=None):
+    """The command that a script was called with, without the token of the hub."""
+    words = sys.argv[1:] if argv is None else argv
+    return re.sub(r"(--hub[_-]token[ =])\S+", r"\1HUB_TOKEN", shlex.join(["python", script, *words]))
+
+
 @dataclass
 class DocumentArguments:
     """Documents for continual pretraining, and how they are cut into rows."""
 
     train_source: str = field(metadata={"help": "folder or file of texts, or a hub dataset (pg19)"})
     eval_source: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
-    train_split: str = "train"
+    train_split: str = field(default="train", metadata={"help": "split of train_source"})
     eval_split: str | None = field(
         default=None, metadata={"help": "default: validation of a hub dataset, all of a local folder or file"}
     )
-    text_column: str = "text"
+    text_column: str = field(default="text", metadata={"help": "column that holds the documents"})
     where: str | None = field(default=None, metadata={"help": "keep rows by column=value or column~part of the value"})
     streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
     limit: int | None = field(default=None, metadata={"help": "documents to train on, the first ones"})

@@ -109,5 +109,5 @@ def lane_column(dataset, name):
         import datasets
 
         if isinstance(dataset, datasets.Dataset):
-            return list(dataset[name])
-    return [row[name] for row in dataset]
+            return [int(value) for value in dataset[name]]
+    return [int(row[name]) for row in dataset]

@@ -21,6 +21,8 @@ class MemoryRowStyle:
             named facts, all of them asked for.
         most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
+        rows_alike (`int`, *optional*, defaults to `16`): so many rows in turn are equally long: a batch of them
+            holds no padding.
         answer_weight (`float`, *optional*, defaults to `2.0`): how often the mean loss of the answers counts beside
             the mean loss of all tokens.
     """
@@ -31,6 +33,7 @@ class MemoryRowStyle:
     passkey_fraction: float = 0.7
     most_facts: int = 4
     most_digits: int = 7
+    rows_alike: int = 16
     answer_weight: float = 2.0
 
 
@@ -68,7 +71,8 @@ class MemoryRows(torch.utils.data.Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([self.seed, index])
         style = self.style
-        length = int(rng.integers(style.least_segments, style.most_segments + 1)) * self.segment_length
+        alike = np.random.default_rng([self.seed, 1, index // style.rows_alike])
+        length = int(alike.integers(style.least_segments, style.most_segments + 1)) * self.segment_length
         joiner = str(rng.choice(JOINERS))
         facts = self._draw_facts(rng)
         questions = [self._question(facts[i], joiner) for i in rng.permutation(len(facts))]

@@ -14,11 +14,17 @@ def rouge_scores(predictions, references):
         `dict[str, float]`: `rouge1`, `rouge2`, `rougeL`, and `overall`, the geometric mean of the three means.
 
     Raises:
-        ValueError: when the lists are empty or of different length.
+        ValueError: when the lists are empty or of different length, or a reference is empty.
         ImportError: when `rouge-score` is not installed (`pip install 'infini_hf[eval]'`).
     """
     if len(predictions) != len(references) or not predictions:
-        raise ValueError(f"{len(predictions)} predictions and {len(references)} references: give one for each, some")
+        raise ValueError(
+            f"{len(predictions)} predictions and {len(references)} references: give at least one pair, with a "
+            "reference for each prediction"
+        )
+    empty = [index for index, reference in enumerate(references) if not reference.strip()]
+    if empty:
+        raise ValueError(f"references {empty} are empty: there is nothing to compare with, leave these pairs out")
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:

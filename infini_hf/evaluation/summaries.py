@@ -8,6 +8,7 @@ from ..streaming import generate, require_patched
 
 # The paper's decoding on BookSum.
 PAPER_DECODING = {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "max_new_tokens": 1024}
+DRAWING = ("temperature", "top_p")
 
 
 def summarize(model, tokenizer, text, prompt=DEFAULT_PROMPT, max_text_tokens=None, **generation):
@@ -28,7 +29,12 @@ def summarize(model, tokenizer, text, prompt=DEFAULT_PROMPT, max_text_tokens=Non
         ValueError: when the model is not patched, or the text is empty.
     """
     inner = require_patched(model)
+    if not text or text.isspace():
+        raise ValueError("the text is empty: there is nothing to summarise, leave it out")
     ids = torch.tensor([summarization_prompt(text, tokenizer, prompt, max_text_tokens)])
     options = {**PAPER_DECODING, **generation}
+    if not options["do_sample"]:
+        # What says how to draw means nothing where nothing is drawn.
+        options = {name: value for name, value in options.items() if name in generation or name not in DRAWING}
     output = generate(model, ids, cache=InfiniCache(inner.config), **options)
     return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True).strip()

@@ -1,0 +1,256 @@
+"""The controls: a closed memory is block-local attention, tables are means, and the card tells both; pages go back."""
+
+import copy
+import json
+import math
+import platform
+
+import pytest
+import torch
+from datasets import Dataset
+from models import build, build_patched, gate_parameters, open_gates, random_ids, relative_error
+from peft import get_peft_model
+from reading import read, read_whole
+from training import make_trainer, tiny_model, tiny_rows
+
+from infini_hf import InfiniConfig, heap, patch_model, score
+from infini_hf.callbacks import gate_values
+from infini_hf.evaluation.controls import closed_memory
+from infini_hf.evaluation.perplexity import SpanTable, mean_by_span, spans_of
+from infini_hf.lora import lora_config
+from infini_hf.model_card import evaluate_with_control, write_model_card
+
+WINDOWS = [{}, {"overlap": 3, "sink_tokens": 2}]
+KINDS = pytest.mark.parametrize("kind", ["tanh", "sigmoid"])
+
+
+# A closed memory.
+
+
+@KINDS
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize("window", WINDOWS, ids=["blocks", "overlap"])
+def test_a_closed_memory_is_a_fresh_patch_of_the_base_weights(kind, family, window):
+    model = build_patched(family, segment_length=8, gate=kind, **window)
+    # Gates of the tanh kind start at zero, which is local attention exactly.
+    fresh = patch_model(build(family), InfiniConfig(8, **window))
+    ids = random_ids(2, 29)
+    with closed_memory(model) as inside:
+        assert inside is model
+        assert torch.equal(read_whole(model, ids), read_whole(fresh, ids))
+        streamed, _ = read(model, ids, [5, 11, 13])
+        assert relative_error(streamed, read_whole(fresh, ids)) <= 1e-5
+    assert relative_error(read_whole(model, ids), read_whole(fresh, ids)) > 1e-2
+
+
+@KINDS
+def test_a_closed_memory_reads_every_block_as_the_stock_model_does(kind):
+    model, stock = build_patched(segment_length=8, gate=kind), build()
+    ids = random_ids(1, 24)
+    with torch.no_grad():
+        blocks = torch.cat([stock(block, use_cache=False).logits for block in ids.split(8, dim=1)], dim=1)
+    with closed_memory(model):
+        assert relative_error(read_whole(model, ids), blocks) <= 1e-5
+
+
+@KINDS
+def test_gates_are_what_they_were_whatever_happens(kind):
+    model = build_patched(segment_length=8, gate=kind)
+    before = {name: bias.detach().clone() for name, bias in gate_parameters(model).items()}
+
+    def fail_inside():
+        with closed_memory(model):
+            for gates in gate_values(model).values():
+                assert torch.equal(gates, torch.zeros_like(gates))
+            raise KeyError("inside")
+
+    with pytest.raises(KeyError, match="inside"):
+        fail_inside()
+    for name, bias in gate_parameters(model).items():
+        assert torch.equal(bias, before[name])
+        assert bias.requires_grad
+
+
+@KINDS
+def test_under_peft_the_gates_that_are_trained_close(kind):
+    base = build_patched(segment_length=8, gate=kind)
+    plain = copy.deepcopy(base)
+    peft_model = get_peft_model(base, lora_config(base, r=2, target_modules=["q_proj"])).eval()
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, bias in peft_model.named_parameters():
+            if "memory_gate.modules_to_save" in name:
+                bias.copy_(torch.randn(bias.shape, generator=generator))
+    ids, before = random_ids(1, 29), read_whole(peft_model, random_ids(1, 29))
+    assert relative_error(before, read_whole(plain, ids)) > 1e-3, "the trained gates are others than the base's"
+    with closed_memory(peft_model), closed_memory(plain):
+        # The adapter starts as nothing, so that closed both are the same model.
+        assert relative_error(read_whole(peft_model, ids), read_whole(plain, ids)) <= 1e-6
+        with peft_model.disable_adapter():
+            assert relative_error(read_whole(peft_model, ids), read_whole(plain, ids)) <= 1e-6
+    assert torch.equal(read_whole(peft_model, ids), before)
+    with peft_model.disable_adapter():
+        assert relative_error(read_whole(peft_model, ids), read_whole(plain, ids)) <= 1e-6
+
+
+def test_gates_can_be_trained_after_a_control():
+    model = build_patched(segment_length=8)
+    with closed_memory(model):
+        pass
+    model(random_ids(1, 24), labels=random_ids(1, 24), use_cache=False).loss.backward()
+    assert all(bias.grad.abs().max() > 0 for bias in gate_parameters(model).values())
+
+
+def test_a_stock_model_has_no_memory_to_close():
+    with pytest.raises(ValueError, match="not patched"), closed_memory(build()):
+        pass
+
+
+# Perplexity tables.
+
+
+def test_spans_of_several_texts_count_every_token_once():
+    texts = [torch.arange(10.0), torch.arange(6.0) + 100, torch.zeros(0)]
+    means, counts = mean_by_span(texts, [0, 4, 8, 10, 16])
+    assert counts == [8, 6, 2, 0]
+    assert means[3] is None
+    assert means[:3] == pytest.approx([(6 + 406) / 8, (4 + 5 + 6 + 7 + 104 + 105) / 6, 8.5])
+
+
+def test_one_text_gives_the_means_of_its_spans():
+    losses = score(build_patched(segment_length=8), random_ids(1, 41))
+    edges = [0, 8, 16, 40]
+    means, counts = mean_by_span([losses[0]], edges)
+    assert means == pytest.approx([span.loss for span in spans_of(losses, edges)])
+    assert sum(mean * count for mean, count in zip(means, counts, strict=True)) == pytest.approx(losses.sum().item())
+
+
+def test_a_table_shows_perplexities_and_what_a_way_to_read_does_not_reach():
+    table = SpanTable([0, 1024, 2048], {"memory": [0.0, math.log(7.25)], "full": [math.log(2.0), None]}, [1024, 512])
+    assert table.markdown() == [
+        "| read with | 0–1,024 | 1,024–2,048 |",
+        "|---|---|---|",
+        "| memory | 1.00 | 7.25 |",
+        "| full | 2.00 | – |",
+        "| tokens | 1,024 | 512 |",
+    ]
+
+
+# The model card.
+
+
+def trained(folder, model=None, **arguments):
+    parts = {"eval_dataset": Dataset.from_list(tiny_rows(2))}
+    trainer = make_trainer(folder, model, parts=parts, **arguments)
+    trainer.train()
+    return trainer
+
+
+def test_the_control_is_the_same_evaluation_with_the_memory_closed(tmp_path):
+    trainer = trained(tmp_path, tiny_model(gate="sigmoid"))
+    gates = gate_values(trainer.model)
+    results = evaluate_with_control(trainer)
+    assert results["with memory"]["loss"] == trainer.evaluate()["eval_loss"]
+    with closed_memory(trainer.model):
+        assert results["memory closed"]["loss"] == trainer.evaluate()["eval_loss"]
+    assert abs(results["memory closed"]["loss"] - results["with memory"]["loss"]) > 1e-3
+    assert results["memory closed"]["tokens"] == results["with memory"]["tokens"]
+    for index, after in gate_values(trainer.model).items():
+        assert torch.equal(after, gates[index])
+
+
+def test_without_data_nothing_is_evaluated(tmp_path):
+    trainer = make_trainer(tmp_path)
+    trainer.train()
+    assert evaluate_with_control(trainer) == {}
+    card = write_model_card(trainer, tmp_path / "final", "base", "rows", "python train.py", {})
+    assert "Not evaluated" in card.read_text(encoding="utf-8")
+    assert json.loads((tmp_path / "final" / "results.json").read_text(encoding="utf-8")) == {}
+
+
+def test_the_card_has_patch_recipe_results_and_gates(tmp_path):
+    trainer = trained(tmp_path / "recipe", tiny_model(overlap=3), weight_decay=0.25, hub_token="hf_secret")
+    results = evaluate_with_control(trainer)
+    path = write_model_card(trainer, tmp_path / "recipe" / "final", "some/base", "some rows", "the command", results)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for line in (
+        "base_model: some/base",
+        "# recipe",
+        "- `overlap`: 3",
+        "- data: some rows",
+        "- command: `the command`",
+        "- steps: 2 of 2",
+        "- `weight_decay`: 0.25",
+        "- `memory_gate_learning_rate`: 0.01",
+    ):
+        assert line in lines
+    for name in ("with memory", "memory closed"):
+        assert f"| {name} | {results[name]['loss']:.4f} | {results[name]['tokens']:,} |" in lines
+    for index, gates in gate_values(trainer.model).items():
+        assert f"| {index} | {gates.mean():.3f} | {gates.min():.3f} | {gates.max():.3f} |" in lines
+    assert "secret" not in "\n".join(lines)
+    options = [line.split("`")[1] for line in lines[lines.index("## Training") : lines.index("## Evaluation")][5:-1]]
+    assert {"max_steps", "learning_rate", "recompute_segments"} <= set(options)
+    # Defaults of the stock go without saying, and so does where this machine keeps things.
+    assert not {"adam_beta1", "max_grad_norm", "bptt_segments", "output_dir", "use_cpu", "debug"} & set(options)
+
+
+def test_the_card_of_an_adapter_says_so(tmp_path):
+    base = tiny_model()
+    model = open_gates(get_peft_model(base, lora_config(base, r=2, target_modules=["q_proj"])))
+    trainer = trained(tmp_path, model)
+    text = write_model_card(trainer, tmp_path, "base", "rows", "command", {}).read_text(encoding="utf-8")
+    assert "library_name: peft" in text
+    assert "LoRA adapters and gates" in text
+
+
+def test_a_trainer_works_on_after_its_card_is_written(tmp_path):
+    trainer = trained(tmp_path)
+    before = trainer.evaluate()["eval_loss"]
+    write_model_card(trainer, tmp_path, "base", "rows", "command", {})
+    assert trainer.accelerator.state.mixed_precision == "no"
+    assert trainer.evaluate()["eval_loss"] == before
+
+
+def test_one_process_writes_the_card_and_all_gather_its_gates(tmp_path, monkeypatch):
+    """The gates of a sharded model are gathered from all processes: one that stayed away would leave the others."""
+    trainer, asked = trained(tmp_path / "run"), []
+    monkeypatch.setattr("infini_hf.model_card.gate_values", lambda model: asked.append(model) or gate_values(model))
+    monkeypatch.setattr(trainer, "is_world_process_zero", lambda: False)
+    path = write_model_card(trainer, tmp_path / "final", "base", "rows", "command", {})
+    assert asked == [trainer.model]
+    assert not path.parent.exists()
+
+
+# The heap.
+
+
+@pytest.fixture
+def trims(monkeypatch):
+    """What the heap is asked to keep when it is trimmed."""
+    calls = []
+    monkeypatch.setattr(heap, "trim_function", lambda: calls.append)
+    return calls
+
+
+def test_pages_go_back_for_work_on_the_cpu_alone(trims):
+    heap.release_free_pages(torch.device("cuda"))
+    heap.release_free_pages(torch.device("meta"))
+    assert trims == []
+    heap.release_free_pages(torch.device("cpu"))
+    assert trims == [0]
+
+
+@pytest.mark.parametrize("libc", [("musl", "1.2"), ("", "")])
+def test_another_c_library_is_left_alone(libc, monkeypatch):
+    monkeypatch.setattr(platform, "libc_ver", lambda: libc)
+    monkeypatch.setattr(heap.ctypes, "CDLL", None)
+    heap.trim_function.cache_clear()
+    assert heap.trim_function() is None
+    heap.release_free_pages(torch.device("cpu"))
+    heap.trim_function.cache_clear()
+
+
+def test_pages_can_go_back_here():
+    heap.release_free_pages(torch.device("cpu"))
+    assert (heap.trim_function() is not None) == (platform.libc_ver()[0] == "glibc")
