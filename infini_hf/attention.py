@@ -174,7 +174,8 @@ class InfiniAttention:
         local, weights = self.attend_locally(queries, window_keys, window_values, layout, plan, kwargs)
         if any(round.reads):
             config = plan.config
-            retrieved = memory_math.retrieve(queries, state.memory, state.memory_norm, config.feature_map)
+            asked = self.memory_gate.center_queries(queries)
+            retrieved = memory_math.retrieve(asked, state.memory, state.memory_norm, config.feature_map)
             reads = None if all(round.reads) else round.flags(round.reads).to(queries.device)
             local = self.memory_gate(local, retrieved, reads)
         state = LayerState(window_keys, window_values, state.memory, state.memory_norm)
@@ -212,6 +213,7 @@ class InfiniAttention:
         length = config.segment_length
         if writes:
             open_keys, open_values = state.keys[:, :, -length:], state.values[:, :, -length:]
+            open_keys = self.memory_gate.center_keys(open_keys)
             state.memory, state.memory_norm = memory_math.update(
                 open_keys,
                 open_values,

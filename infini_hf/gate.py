@@ -1,4 +1,4 @@
-"""The memory gate: how much of a head's output comes from the compressive memory."""
+"""The memory gate: how much of a head's output comes from the compressive memory, and what it is asked with."""
 
 import torch
 from torch import nn
@@ -22,6 +22,23 @@ class MemoryGate(nn.Module):
         super().__init__()
         self.kind = kind
         self.bias = nn.Parameter(torch.zeros(num_heads, dtype=torch.float32, device=device))
+        # Set by [`infini_hf.calibration.calibrate_memory`]; absent from the state dict before.
+        self.register_buffer("query_shift", None)
+        self.register_buffer("key_shift", None)
+
+    def set_shifts(self, query_shift, key_shift):
+        """Shift queries `(num_heads, head_dim)` and keys `(num_kv_heads, head_dim)` before their feature map."""
+        device = self.bias.device
+        self.query_shift = query_shift.detach().to(device, torch.float32).clone()
+        self.key_shift = key_shift.detach().to(device, torch.float32).clone()
+
+    def center_queries(self, queries):
+        """Queries `(batch, num_heads, seq_len, head_dim)` as the memory is asked with them."""
+        return queries if self.query_shift is None else centered(queries, self.query_shift)
+
+    def center_keys(self, keys):
+        """Keys `(batch, num_kv_heads, seq_len, head_dim)` as they are written."""
+        return keys if self.key_shift is None else centered(keys, self.key_shift)
 
     def forward(self, local, retrieved=None, reads=None):
         """Mix the two attentions.
@@ -45,6 +62,11 @@ class MemoryGate(nn.Module):
 
     def extra_repr(self):
         return f"num_heads={self.bias.numel()}, kind={self.kind!r}"
+
+
+def centered(states, shift):
+    """`(batch, heads, seq_len, head_dim)` less `(heads, head_dim)`, float32."""
+    return states.float() - shift.to(states.device, torch.float32)[:, None]
 
 
 def trainable_gates(model):

@@ -6,6 +6,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from peft import (
     LoraConfig,
     PeftModel,
@@ -19,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .attention import InfiniAttention
-from .auto import GATE, AutoInfiniModelForCausalLM, resolve_config
+from .auto import GATE, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
 from .cache import infini_config_of
 from .config import InfiniConfig
 from .patching import is_patched, patch_model, unpatch_model
@@ -144,6 +145,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
             patch_model(model, patch)
             undo.callback(unpatch_model, model)
         check_gates(model, shapes, directory)
+        make_room_for_shifts(model, shapes)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
         peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)
@@ -209,6 +211,14 @@ def check_patch(own, patch, directory):
             f"{directory}: the adapter was trained under {patch}, and the base is patched with {own}: pass the plain "
             "base (infini_hf.unpatch_model takes a patch off), which is then patched to fit"
         )
+
+
+def make_room_for_shifts(model, shapes):
+    """Give a base that is not calibrated the shifts that the adapter's gates were trained with."""
+    for name, module in model.named_modules():
+        keys = [f"{PREFIX}{name}.{shift}" for shift in SHIFTS]
+        if isinstance(module, InfiniAttention) and keys[0] in shapes and module.memory_gate.query_shift is None:
+            module.memory_gate.set_shifts(*(torch.zeros(shapes[key]) for key in keys))
 
 
 def check_gates(model, shapes, directory):

@@ -10,10 +10,12 @@ import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import set_seed
 
 from infini_hf import InfiniTrainer, InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
+from infini_hf.calibration import calibrate_memory
 from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.script_arguments import ModelArguments
@@ -25,6 +27,10 @@ from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
 class RowArguments(MemoryRowStyle):
     """The rows: see infini_hf.data.memory_rows."""
 
+    calibration_tokens: int = field(
+        default=16_384,
+        metadata={"help": "tokens of the novels that feature_map exp is calibrated on; 0 leaves it out"},
+    )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
     def style(self):
@@ -38,9 +44,15 @@ def main(argv=None):
     )
     set_seed(args.seed)
     model, tokenizer = model_args.load()
+    texts = read_texts(row_args.train_folder)
+    if row_args.calibration_tokens and infini_config_of(model.config).feature_map == "exp":
+        share = row_args.calibration_tokens // len(texts)
+        # From inside each novel: the beginnings are titles and prefaces.
+        pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]
+        calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = MemoryRows(
-        read_texts(row_args.train_folder),
+        texts,
         tokenizer,
         count,
         infini_config_of(model.config).segment_length,

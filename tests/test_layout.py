@@ -22,7 +22,7 @@ ROWS = (
     "patching",
     "auto",
     "streaming",
-    "callbacks lora",
+    "callbacks lora calibration",
     "trainer evaluation",
     "model_card",
     "cli",

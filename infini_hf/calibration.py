@@ -1,0 +1,85 @@
+"""Centering what the memory is asked and written with, so that no constant channel drowns the others.
+
+Keys and queries of pretrained models have channels that are large for every token. Under the exponential feature map
+such a channel outweighs all others, and the memory returns the mean of everything: an answer that no gradient step
+soon mends. Subtracting the mean of each channel, once, before training, leaves what differs from token to token.
+"""
+
+from contextlib import contextmanager
+
+from .attention import InfiniAttention
+from .cache import InfiniCache, infini_config_of
+from .streaming import prefill, require_patched
+
+
+class ChannelMean:
+    """Running mean over the tokens of `(batch, heads, seq_len, head_dim)`, in float64."""
+
+    def __init__(self):
+        self.total, self.count = 0.0, 0
+
+    def add(self, states):
+        self.total = self.total + states.double().sum((0, 2))
+        self.count += states.shape[0] * states.shape[2]
+
+    @property
+    def value(self):
+        return self.total / self.count
+
+
+@contextmanager
+def recorded(layers):
+    """The means of the queries and keys that the layers project inside the `with`, by layer."""
+    means = {layer: (ChannelMean(), ChannelMean()) for layer in layers}
+
+    def recorder(layer, project):
+        def record(hidden_states):
+            projected = project(hidden_states)
+            for mean, states in zip(means[layer], projected, strict=False):
+                mean.add(states)
+            return projected
+
+        return record
+
+    try:
+        for layer in layers:
+            layer.project = recorder(layer, layer.project)
+        yield means
+    finally:
+        for layer in layers:
+            vars(layer).pop("project", None)
+
+
+def calibrate_memory(model, ids, progress=True):
+    """Center the memory's queries and keys on their means over a text, in place; for `feature_map="exp"`.
+
+    Do it once, before training: gates and weights learn with the shifts, which are saved with the gates. A memory that
+    was written before means nothing afterwards.
+
+    Args:
+        model (`PreTrainedModel`): a patched model.
+        ids (`torch.Tensor`, `list`, or iterator): what [`infini_hf.prefill`] reads, without padding: a few thousand
+            tokens of the text that the model will meet.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar when it takes more than two seconds.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        ValueError: when the model is not patched, its feature map is another, or there is nothing to read.
+    """
+    inner = require_patched(model)
+    feature_map = infini_config_of(inner.config).feature_map
+    if feature_map != "exp":
+        raise ValueError(
+            f"feature_map={feature_map!r}: only the exponential map needs centered channels; patch with "
+            "feature_map='exp', or leave the calibration out"
+        )
+    layers = [module for module in inner.modules() if isinstance(module, InfiniAttention)]
+    with recorded(layers) as means:
+        cache = prefill(inner, ids, cache=InfiniCache(inner.config), progress=progress)
+    if not cache.seen or not cache.seen[0]:
+        raise ValueError("ids hold no token: give a few thousand tokens of text")
+    for layer, (queries, keys) in means.items():
+        layer.memory_gate.set_shifts(queries.value, keys.value)
+    return model
