@@ -1,5 +1,6 @@
 """`InfiniTrainer` trains what the stock trainer trains, keeps what it can do, and says what it cannot."""
 
+import dataclasses
 import json
 import logging
 
@@ -31,6 +32,10 @@ from infini_hf.data.collator import InfiniCollator
 # Gradients as the optimizer would see them without clipping.
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0}
 IGNORED = -100
+
+# Its older name is deprecated in newer versions of transformers.
+NAMES = {field.name for field in dataclasses.fields(TrainingArguments)}
+CHECKPOINTING = "activation_checkpointing" if "activation_checkpointing" in NAMES else "gradient_checkpointing"
 
 
 def equal_rows(count=4, length=40):
@@ -65,12 +70,12 @@ def test_gradients_are_those_of_the_stock_trainer(tmp_path, family, checkpointin
     ours = first_gradients(make_trainer(tmp_path, tiny_model(family, **CARRY), uneven_rows(), **options))
     if checkpointing is not None:
         options |= {
-            "activation_checkpointing": True,
-            "activation_checkpointing_kwargs": {"use_reentrant": checkpointing},
+            CHECKPOINTING: True,
+            f"{CHECKPOINTING}_kwargs": {"use_reentrant": checkpointing},
         }
     stock = make_trainer(tmp_path, tiny_model(family, **CARRY), uneven_rows(), kind=Trainer, **options)
     assert_same_gradients(ours, first_gradients(stock))
-    assert stock.model.is_activation_checkpointing is (checkpointing is not None)
+    assert any(layer.gradient_checkpointing for layer in stock.model.model.layers) is (checkpointing is not None)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -420,7 +425,7 @@ def collated(**columns):
     ("options", "error", "message"),
     [
         (
-            {"activation_checkpointing": True},
+            {CHECKPOINTING: True},
             ValueError,
             r"activation_checkpointing .* leave it off.*recompute_segments",
         ),
@@ -494,7 +499,7 @@ def test_trl_trains_a_patched_model_through_its_gates(tmp_path):
         max_grad_norm=0.0,
         per_device_train_batch_size=2,
         max_length=None,
-        activation_checkpointing=True,
+        **{CHECKPOINTING: True},
         bf16=False,
         use_cpu=True,
         report_to=[],
