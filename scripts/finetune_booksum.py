@@ -9,16 +9,14 @@ without it a whole checkpoint. Then: scripts/summarize.py, and scripts/evaluate.
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from transformers import set_seed
 
-from infini_hf import InfiniTrainer, InfiniTrainingArguments
-from infini_hf.checkpoints import last_whole_checkpoint
+from infini_hf import InfiniTrainingArguments
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum, summarization_rows
-from infini_hf.model_card import evaluate_with_control, write_model_card
 
 
 @dataclass
@@ -50,18 +48,8 @@ def main(argv=None):
     with args.main_process_first(desc="rows"):
         train_rows = pair_args.rows(tokenizer, pair_args.train_split, pair_args.limit)
         eval_rows = pair_args.rows(tokenizer, pair_args.eval_split, pair_args.eval_limit)
-    trainer = InfiniTrainer(
-        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
-    final = Path(args.output_dir) / "final"
-    trainer.save_model(str(final))
-    results = evaluate_with_control(trainer)
     command = command_line("scripts/finetune_booksum.py", argv)
-    card = write_model_card(trainer, final, model_args.model, pair_args.source, command, results)
-    if trainer.is_world_process_zero():
-        print(card)
-    return results
+    return train_and_report(args, model, tokenizer, train_rows, eval_rows, model_args.model, pair_args.source, command)
 
 
 if __name__ == "__main__":

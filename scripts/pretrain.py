@@ -8,16 +8,13 @@ A run resumes from the last whole checkpoint in its `output_dir`. It leaves the 
 with the closed memory as control in `OUTPUT_DIR/final`.
 """
 
-from pathlib import Path
-
 from transformers import set_seed
 
-from infini_hf import InfiniTrainer, InfiniTrainingArguments
+from infini_hf import InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
-from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import DocumentArguments, ModelArguments, command_line
-from infini_hf.model_card import evaluate_with_control, write_model_card
 
 
 def main(argv=None):
@@ -32,18 +29,10 @@ def main(argv=None):
     with args.main_process_first(desc="rows"):
         train_rows = data_args.rows(tokenizer, segment_length, lanes)
         eval_rows = data_args.eval_rows(tokenizer, segment_length)
-    trainer = InfiniTrainer(
-        model=model, args=args, train_dataset=train_rows, eval_dataset=eval_rows, processing_class=tokenizer
-    )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
-    final = Path(args.output_dir) / "final"
-    trainer.save_model(str(final))
-    results = evaluate_with_control(trainer)
     command = command_line("scripts/pretrain.py", argv)
-    card = write_model_card(trainer, final, model_args.model, data_args.train_source, command, results)
-    if trainer.is_world_process_zero():
-        print(card)
-    return results
+    return train_and_report(
+        args, model, tokenizer, train_rows, eval_rows, model_args.model, data_args.train_source, command
+    )
 
 
 if __name__ == "__main__":
