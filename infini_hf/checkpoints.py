@@ -91,8 +91,8 @@ def check_resume(folder, trainer):
     path = Path(folder) / RECORD
     if not path.is_file():
         raise ValueError(
-            f"{folder}: was not written by InfiniTrainer ({RECORD} is missing): load its weights with "
-            "AutoInfiniModelForCausalLM and start a new run"
+            f"{folder}: was not written by InfiniTrainer ({RECORD} is missing), or with "
+            "save_only_model=True: load its weights with AutoInfiniModelForCausalLM and start a new run"
         )
     theirs, ours = json.loads(path.read_text(encoding="utf-8")), describe(trainer)
     was, now = (InfiniConfig.from_dict(side["infini_attention"]) for side in (theirs, ours))

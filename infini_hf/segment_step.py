@@ -168,18 +168,21 @@ def read_segment(model, segment, cache, num_items, options, recompute, scale=Non
     # What stays alive until the backward pass holds no tensor of the state: those are the arguments.
     empty = cache.with_tensors(None for _ in state)
 
-    def read(*state):
+    # Random numbers, as of dropout, are kept for the devices of the arguments alone, and a first segment has no state.
+    device = segment.input_ids.new_empty(0)
+
+    def read(device, *state):
         if recompute and segment.input_ids.numel() >= WORTH_RELEASING:
             release_free_pages(segment.input_ids.device)
         twin = empty.with_tensors(state)
         return *segment_loss(model, segment, twin, num_items, options.label_smoothing, scale), twin
 
     if not recompute or not torch.is_grad_enabled():
-        return read(*state)
+        return read(device, *state)
     # Recomputation saves nothing but its arguments: these are what goes to the CPU.
     pin = any(tensor.is_cuda for tensor in state)
     with save_on_cpu(pin_memory=pin) if options.offload else contextlib.nullcontext():
-        return checkpoint(read, *state, use_reentrant=False)
+        return checkpoint(read, device, *state, use_reentrant=False)
 
 
 def segment_loss(model, segment, cache, num_items, label_smoothing=0.0, scale=None):

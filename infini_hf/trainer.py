@@ -1,10 +1,13 @@
 """`InfiniTrainer`: the stock `Trainer` over rows of any length, read segment after segment through the memory."""
 
 from functools import partial
+from pathlib import Path
 
 import torch
 from transformers import Trainer
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet
@@ -204,10 +207,10 @@ class InfiniTrainer(Trainer):
 
     def note_answers(self):
         """Tell the dilution how many answers of the last step were right, on all ranks together."""
-        if self.answers:
-            counts = self.accelerator.gather(torch.stack(self.answers).sum(0)[None]).sum(0)
-            self.answers.clear()
-            self.dilution.note(*counts.tolist())
+        # Every rank takes part, whether it met answers or not.
+        counts = torch.stack([torch.zeros(2, dtype=torch.int64, device=self.args.device), *self.answers]).sum(0)
+        self.answers.clear()
+        self.dilution.note(*self.accelerator.gather(counts[None]).sum(0).tolist())
 
     # Evaluation
 
@@ -269,6 +272,14 @@ class InfiniTrainer(Trainer):
 
     def _lane_file(self, folder):
         return f"{folder}/lanes_{self.args.process_index}.safetensors"
+
+    def _save_checkpoint(self, model, trial):
+        # The state file says that a checkpoint is whole: one of an earlier run must not vouch for this one.
+        if self.args.should_save:
+            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(model, trial)
 
     def _save_rng_state(self, output_dir):
         super()._save_rng_state(output_dir)

@@ -79,6 +79,9 @@ class InfiniTrainingArguments(TrainingArguments):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            # The dispatcher joins the ranks' batches of a stream, which rows of different length forbid.
+            self.accelerator_config.dispatch_batches = False
         if self.memory_gate_learning_rate < 0:
             raise ValueError(f"memory_gate_learning_rate={self.memory_gate_learning_rate}: must not be negative")
         if self.bptt_segments is not None and self.bptt_segments < 1:

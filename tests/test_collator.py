@@ -118,3 +118,10 @@ def test_a_batch_without_any_label_is_warned_of_once(trained, caplog):
     assert batch["labels"].tolist() == [[-100] * 3, [7, -100, -100]]
     assert len(caplog.records) == 1
     assert "no label to learn from" in caplog.text
+
+
+def test_a_row_without_weights_among_others_weighs_one_each(trained):
+    rows = [row_of(3, loss_weights=[1.0, 5.0, 2.0]), row_of(2), row_of(1, loss_weights=None)]
+    batch = InfiniCollator(trained)(rows)
+    assert batch["loss_weights"].tolist() == [[1.0, 5.0, 2.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
+    assert "document" not in InfiniCollator(trained)([row_of(3), row_of(2, document=None)])

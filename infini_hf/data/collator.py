@@ -58,7 +58,8 @@ class InfiniCollator:
             "labels": self.padded(rows, "labels", IGNORED),
             "attention_mask": self.padded(rows, "attention_mask", 0),
         }
-        if all(WEIGHTS in row for row in rows):
+        if any(WEIGHTS in row for row in rows):
+            rows = [{WEIGHTS: torch.ones(len(row["input_ids"])), **row} for row in rows]
             batch[WEIGHTS] = self.padded(rows, WEIGHTS, 0.0)
         for name in ("document", "part"):
             if all(name in row for row in rows):
@@ -86,7 +87,8 @@ class InfiniCollator:
 
 
 def checked(row, index):
-    """A row with its token columns as tensors, or an error that names it."""
+    """A row with its token columns as tensors, or an error that names it; what is `None` counts as absent."""
+    row = {name: value for name, value in row.items() if value is not None}
     which = f"row {index} of the batch" + (f" (document {int(row['document'])})" if "document" in row else "")
     for name, remedy in (("input_ids", "tokenise it, as pack_documents does"), ("labels", ADD_LABELS)):
         if row.get(name) is None:

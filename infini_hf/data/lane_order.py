@@ -6,6 +6,8 @@ from itertools import groupby
 import torch
 from transformers.utils import is_datasets_available
 
+from .packing import refuse_parts_of_a_stream
+
 
 class LaneSampler(torch.utils.data.Sampler):
     """Row indices in lane order, of an equal number of rows in every epoch.
@@ -91,10 +93,22 @@ def lane_stream(dataset, lanes):
 
     Returns:
         `datasets.IterableDataset`
+
+    Raises:
+        TypeError: when the dataset is of another kind: one with a length is ordered by [`LaneSampler`].
+        ValueError: when several `DataLoader` workers would each read a part of it.
     """
     from datasets import IterableDataset
 
-    return IterableDataset.from_generator(interleave, gen_kwargs={"rows": dataset, "lanes": lanes})
+    if not isinstance(dataset, IterableDataset):
+        raise TypeError(f"dataset is a {type(dataset).__name__}: lane_stream takes a datasets.IterableDataset")
+    return IterableDataset.from_generator(interleave_whole, gen_kwargs={"rows": dataset, "lanes": lanes})
+
+
+def interleave_whole(rows, lanes):
+    """[`interleave`] over all of a stream: a worker of several would be given a part of it, the rest lost."""
+    refuse_parts_of_a_stream(rows)
+    yield from interleave(rows, lanes)
 
 
 def lane_column(dataset, name):
