@@ -128,6 +128,8 @@ def main():
         # Both to the end: a rank that leaves early takes the other's connection with it.
         distributed.barrier()
         distributed.destroy_process_group()
+        # Threads of the backend now and then abort an interpreter that is shutting down, after all is done.
+        os._exit(0)
 
 
 if __name__ == "__main__":
