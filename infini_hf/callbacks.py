@@ -95,7 +95,7 @@ class MemoryGateCallback(TrainerCallback):
         }
 
     def metrics(self, model):
-        """What is logged: `{"memory_gate/layer_0/mean": …}` and the like, and the summary `memory_gate/moved`."""
+        """What is logged: `{"memory_gate/layer_0/mean": …}` and the like, and the summary `memory_gate_moved`."""
         self.warn_of_short_rows()
         values, metrics, moved = gate_values(model), {}, []
         for index, gates in values.items():
