@@ -15,7 +15,7 @@ from training import make_trainer, tiny_model, tiny_rows
 
 from infini_hf import InfiniConfig, heap, patch_model, score
 from infini_hf.callbacks import gate_values
-from infini_hf.evaluation.controls import closed_memory
+from infini_hf.evaluation.controls import closed_memory, local_attention, local_start
 from infini_hf.evaluation.perplexity import SpanTable, mean_by_span, spans_of
 from infini_hf.lora import lora_config
 from infini_hf.model_card import evaluate_with_control, write_model_card
@@ -104,6 +104,64 @@ def test_gates_can_be_trained_after_a_control():
 def test_a_stock_model_has_no_memory_to_close():
     with pytest.raises(ValueError, match="not patched"), closed_memory(build()):
         pass
+
+
+# Baselines: the memory closed and another window.
+
+
+@pytest.mark.parametrize("family", ["llama", "llama3", "gemma3_text"])
+def test_a_window_as_long_as_the_text_is_full_attention(family):
+    model, stock, ids = (
+        build_patched(family, segment_length=8, overlap=3, sink_tokens=2),
+        build(family),
+        random_ids(2, 29),
+    )
+    with torch.no_grad():
+        expected = stock(ids, use_cache=False).logits
+    with local_attention(model, segment_length=40):
+        streamed, _ = read(model, ids, [5, 11, 13])
+        assert relative_error(streamed, expected) <= 1e-5
+    assert relative_error(read_whole(model, ids), expected) > 1e-2
+
+
+@KINDS
+@pytest.mark.parametrize("overlap", [0, 8])
+def test_another_window_is_a_fresh_patch_with_that_window(kind, overlap):
+    model = build_patched(segment_length=8, gate=kind, overlap=3, sink_tokens=2)
+    fresh, ids = patch_model(build(), InfiniConfig(8, overlap=overlap)), random_ids(2, 29)
+    before, patch = read_whole(model, ids), dict(model.config.infini_attention)
+    with local_attention(model, overlap=overlap):
+        assert torch.equal(read_whole(model, ids), read_whole(fresh, ids))
+    with pytest.raises(KeyError, match="inside"), local_attention(model, overlap=overlap):
+        raise KeyError("inside")
+    assert model.config.infini_attention == patch
+    assert torch.equal(read_whole(model, ids), before)
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 120, 123])
+@pytest.mark.parametrize("overlap", [0, 1, 8])
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+def test_with_a_closed_memory_what_lies_out_of_reach_need_not_be_read(family, overlap, tokens):
+    model, ids, question = build_patched(family, segment_length=8), random_ids(1, tokens), random_ids(1, 11, seed=1)
+    with local_attention(model, overlap=overlap):
+        start = local_start(model.config, tokens)
+        assert start % 8 == 0
+        assert start < tokens
+        whole = read(model, torch.cat([ids, question], dim=1))[0][:, -11:]
+        tail = read(model, torch.cat([ids[:, start:], question], dim=1))[0][:, -11:]
+        assert relative_error(tail, whole) <= 1e-5
+        if tokens == 123:
+            # Something is saved, and what was left out cannot be much more.
+            assert start >= 120 - (0 if family == "llama" and not overlap else 4 * 16)
+            if overlap:
+                short = read(model, torch.cat([ids[:, 120:], question], dim=1))[0][:, -11:]
+                assert relative_error(short, whole) > 1e-3
+
+
+def test_sinks_and_global_layers_that_stay_stock_reach_everything():
+    assert local_start(build_patched(segment_length=8, sink_tokens=1).config, 100) == 0
+    assert local_start(build_patched(segment_length=8, layers=[1]).config, 100) == 0
+    assert local_start(build_patched(segment_length=8).config, 100) == 96
 
 
 # Perplexity tables.

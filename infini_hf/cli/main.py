@@ -3,14 +3,32 @@
 import logging
 
 import typer
+from typer.core import TyperGroup
 
 from ..version import __version__
 from .ask import ask
 from .demo import demo
-from .passkey import passkey
+from .errors import INTERRUPTED, REFUSED, is_refusal, one_line
+from .passkey import passkey, tables
 from .read import read
 
+# Commands that keep what they have done: Ctrl-C loses nothing.
+GO_ON = {"read": "; the same command begins again", "passkey": "; the same command goes on from the samples written"}
+
+
+class Commands(TyperGroup):
+    """The commands; Ctrl-C ends them with a sentence."""
+
+    def invoke(self, ctx):
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            typer.echo(f"\nstopped{GO_ON.get(ctx.invoked_subcommand, '')}", err=True)
+            raise typer.Exit(INTERRUPTED) from None
+
+
 app = typer.Typer(
+    cls=Commands,
     help="Infini-attention for pretrained Llama and Gemma checkpoints: read without end, remember, ask.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
@@ -20,6 +38,7 @@ app.command()(demo)
 app.command()(read)
 app.command()(ask)
 app.command()(passkey)
+app.command()(tables)
 
 
 def show_version(wanted: bool):
@@ -41,6 +60,8 @@ def main():
     """Run the command; a refusal is one sentence, not a traceback."""
     try:
         app()
-    except (ValueError, TypeError, NotImplementedError, OSError) as error:
-        typer.secho(f"error: {error}", fg=typer.colors.RED, err=True)
-        raise SystemExit(2) from error
+    except Exception as error:
+        if not is_refusal(error):
+            raise
+        typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
+        raise SystemExit(REFUSED) from error

@@ -1,38 +1,61 @@
-"""`infini-hf passkey`: hide keys in streams of any length and ask for them, with controls."""
+"""`infini-hf passkey`: hide needles in streams of any length and ask for them, with controls."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from transformers import AutoConfig
 
 from ..data.base_rows import read_texts
-from ..evaluation.passkey import (
-    CONTROLS,
-    DEPTHS,
-    HAYSTACKS,
-    STRADDLING,
-    Haystacks,
-    PasskeyCell,
-    passkey_table,
-    run_passkeys,
-)
+from ..data.ruler_tasks import KEYS, VALUES
+from ..data.task_registry import TASKS, make_task
+from ..evaluation.needles.questions import ASKED_ALIKE
+from ..evaluation.needles.runner import describe, run_needles
+from ..evaluation.needles.samples import SampleFile, merge
+from ..evaluation.needles.streams import HAYSTACKS, Cell, Haystacks
+from ..evaluation.needles.tables import CONTROLS
 from .common import DEVICE, DTYPE, MODEL, THREADS, load
+from .names import find_model
+from .needle_options import parse_controls, parse_depths, parse_fillers, parse_lengths
+from .read import choose_patch
+from .report import echo_report
 
-UNITS = {"k": 1024, "m": 1024 * 1024}
+PATCH = "for a stock checkpoint; a patched one has its own."
 
 
 def passkey(
     model: Annotated[str, MODEL],
     lengths: str = typer.Option("4k,32k", help="Tokens of a stream, such as 4k,32k,128k,1m."),
     depths: str = typer.Option(
-        "", help="Depths from 0 to 1, and straddling; all of 0, 0.1 … 1, straddling by default."
+        "",
+        help="Depths from 0 to 1, straddling a segment boundary, or spread at random; by default 0, 0.1 … 1 and "
+        "straddling, spread for several needles.",
     ),
     samples: int = typer.Option(20, min=1, help="Streams for each haystack, length and depth."),
+    first: int = typer.Option(0, min=0, help="Number of the first stream, to share the work of an evaluation."),
+    task: str = typer.Option("passkey", help=f"What is hidden: {', '.join(TASKS)}."),
+    needles: int = typer.Option(None, min=1, help="Needles in a stream, of a task with several."),
+    digits: int = typer.Option(5, min=3, help="Digits of a key or number."),
+    keys: str = typer.Option(None, help=f"Keys of RULER's tasks: {' (default), '.join(KEYS)}."),
+    values: str = typer.Option(None, help=f"Values of RULER's tasks: {VALUES[0]} (default), {', '.join(VALUES[1:])}."),
+    fillers: str = typer.Option(
+        None, help=f"Haystacks: {', '.join(HAYSTACKS)}; by default grass, and novel where there is a folder of them."
+    ),
     haystack: Path = typer.Option(None, help="Folder of plain-text novels; the benchmark's grass alone without it."),
-    digits: int = typer.Option(5, min=1, help="Digits of a key."),
-    output: Path = typer.Option(Path("passkey.jsonl"), help="Every sample, a line each; a later run goes on from it."),
+    controls: str = typer.Option(",".join(ASKED_ALIKE), help=f"Ways to ask: {', '.join(CONTROLS)}."),
+    output: Path = typer.Option(
+        Path("passkey.jsonl"),
+        help="Every sample, a line each; a later run goes on from it. Tables and figure beside it.",
+    ),
+    full_attention_up_to: int = typer.Option(8192, min=0, help="The longest stream that the control full reads."),
     batch_size: int = typer.Option(8, min=1, help="Streams read at once."),
+    chunk_size: int = typer.Option(2048, min=1, help="Tokens in one forward: speed and peak memory only."),
     seed: int = typer.Option(0, help="Seed of keys, filler and places."),
+    segment_length: int = typer.Option(None, help=f"Tokens in a segment, {PATCH}"),
+    overlap: int = typer.Option(None, help="Tokens of the previous segment that stay visible, likewise."),
+    sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise."),
+    memory_update: str = typer.Option(None, help="linear or delta, likewise."),
+    feature_map: str = typer.Option(None, help="elu or exp, likewise."),
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,
@@ -40,41 +63,71 @@ def passkey(
     """Exact match of keys hidden in grass filler and in novels, with the memory, with it closed, and with another's.
 
     The memory is closed, or exchanged with that of another stream, while the question is asked: what is left is the
-    local window and chance.
+    local window and chance. Streams that differ in the depth alone share what they read before their needle.
     """
-    language_model, tokenizer = load(model, None, dtype, device, threads)
-    segment_length = language_model.config.infini_attention["segment_length"]
+    asked = {
+        "segment_length": segment_length,
+        "overlap": overlap,
+        "sink_tokens": sink_tokens,
+        "memory_update": memory_update,
+        "feature_map": feature_map,
+    }
+    # Everything that can be refused is, before a model is loaded.
+    chosen = make_task(task, needles, digits, keys, values)
+    places = parse_depths(depths, chosen)
+    kinds = parse_fillers(fillers, haystack, chosen)
+    cells = [Cell(kind, length, depth) for length in parse_lengths(lengths) for kind in kinds for depth in places]
+    ways = parse_controls(controls)
     texts = read_texts(haystack) if haystack else ()
-    kinds = HAYSTACKS if haystack else HAYSTACKS[:1]
-    places = [parse_depth(text) for text in depths.split(",")] if depths else [*DEPTHS, STRADDLING]
-    cells = [
-        PasskeyCell(kind, length, depth)
-        for length in map(parse_length, lengths.split(","))
-        for kind in kinds
-        for depth in places
-    ]
-    haystacks = Haystacks(tokenizer, segment_length, texts, digits, seed)
-    found = run_passkeys(language_model, tokenizer, cells, samples, haystacks, output, CONTROLS, batch_size)
-    typer.echo("\n".join(passkey_table(found)))
+    patch = patch_of(model, {name: value for name, value in asked.items() if value is not None})
+    language_model, tokenizer = load(model, patch, dtype, device, threads)
+    haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)
+    file = SampleFile(output, describe(language_model, haystacks))
+    window = patch.longest_window
+    for length in sorted({cell.tokens for cell in cells if cell.tokens <= window}):
+        typer.echo(f"note: {length:,} tokens fit in one local window of {window:,}: finding needs no memory there")
+    beyond = sorted({cell.tokens for cell in cells if cell.tokens > full_attention_up_to})
+    if "full" in ways and beyond:
+        typer.echo(f"note: full attention is left out beyond {full_attention_up_to:,} tokens")
+    if batch_size == 1 and "other" in ways:
+        typer.echo("note: --batch-size 1: a stream alone has no other whose memory it could be asked with")
+    numbers = range(first, first + samples)
+    run_needles(
+        language_model,
+        tokenizer,
+        cells,
+        numbers,
+        haystacks,
+        file,
+        ways,
+        batch_size,
+        chunk_size,
+        full_attention_up_to,
+    )
+    echo_report(file.samples, output, Path(model).name)
 
 
-def parse_length(text):
-    """`"32k"` as 32,768 tokens."""
-    number, unit = (text[:-1], UNITS[text[-1].lower()]) if text[-1:].lower() in UNITS else (text, 1)
-    try:
-        return int(float(number) * unit)
-    except ValueError as error:
-        raise ValueError(f"--lengths {text!r}: give numbers of tokens, such as 4k,32k,1m") from error
+def tables(
+    files: Annotated[list[Path], typer.Argument(help="Files of samples, of one evaluation.", exists=True)],
+    output: Path = typer.Option(
+        None, help="Where tables (.md) and figure (.png) go; beside the first file by default."
+    ),
+    title: str = typer.Option("", help="What stands above them."),
+):
+    """Tables and figure of the samples that `infini-hf passkey` wrote, merged from several files without a model."""
+    _, samples = merge(files)
+    echo_report(samples, output or files[0], title)
 
 
-def parse_depth(text):
-    """A number from 0 to 1, or `"straddling"`."""
-    if text.strip() == STRADDLING:
-        return STRADDLING
-    try:
-        depth = float(text)
-    except ValueError as error:
-        raise ValueError(f"--depths {text!r}: give numbers from 0 to 1, or {STRADDLING}") from error
-    if not 0 <= depth <= 1:
-        raise ValueError(f"--depths {text}: must be between 0 and 1")
-    return depth
+def patch_of(model, asked):
+    """The options that a model is read with.
+
+    Raises:
+        ValueError: when it is not patched and none is given, or when it is and another is asked for.
+    """
+    if not asked and "infini_attention" not in vars(AutoConfig.from_pretrained(find_model(model))):
+        raise ValueError(
+            f"{model}: is not patched; name a patched checkpoint, or give --segment-length to read with a new memory, "
+            "which is closed until it is trained"
+        )
+    return choose_patch(model, asked, None)

@@ -1,10 +1,13 @@
-"""What a result is held against: the same model with its memory closed."""
+"""What a result is held against: the same weights with the memory closed, over windows of any size."""
 
 import math
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 
+from ..cache import InfiniCache, infini_config_of
+from ..callbacks import gathered
 from ..gate import MemoryGate
 from ..streaming import require_patched
 
@@ -24,13 +27,71 @@ def closed_memory(model):
     """
     require_patched(model)
     gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    before = [gate.bias.detach().clone() for gate in gates]
+    biases = [gate.bias for gate in gates]
+    with gathered(biases):
+        before = [bias.detach().clone() for bias in biases]
     try:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(biases, modifier_rank=0):
             for gate in gates:
                 gate.bias.fill_(CLOSED[gate.kind])
         yield model
     finally:
-        with torch.no_grad():
+        with torch.no_grad(), gathered(biases, modifier_rank=0):
             for gate, bias in zip(gates, before, strict=True):
                 gate.bias.copy_(bias)
+
+
+@contextmanager
+def local_attention(model, segment_length=None, overlap=0, sink_tokens=0):
+    """The memory closed and the window another, inside the `with`; caches belong inside too.
+
+    Blocks with `overlap=0`; a Transformer-XL (arXiv 1901.02860) with `overlap` of a segment; full attention, as the
+    stock model has it, with a segment as long as the text.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        segment_length (`int`, *optional*): tokens in a segment; by default the model's.
+        overlap (`int`, *optional*, defaults to `0`): tokens of the segment before that stay visible.
+        sink_tokens (`int`, *optional*, defaults to `0`): first tokens of a text that stay visible.
+
+    Raises:
+        ValueError: when the model is not patched, or the window is none.
+    """
+    config = require_patched(model).get_decoder().config.get_text_config(decoder=True)
+    own, patch = config.infini_attention, infini_config_of(config)
+    length = patch.segment_length if segment_length is None else segment_length
+    window = replace(patch, segment_length=length, overlap=overlap, sink_tokens=sink_tokens)
+    with closed_memory(model):
+        try:
+            config.infini_attention = window.to_dict()
+            yield model
+        finally:
+            config.infini_attention = own
+
+
+def local_start(config, tokens):
+    """The first of `tokens` tokens that can matter to what follows them while the memory is closed.
+
+    A layer with overlap looks back to the start of the segment before at most, and a sliding layer as far as its
+    window, so that what lies further back than all layers together look is out of reach. Reading from here, a segment
+    boundary, is then exact, and costs the same at any length.
+
+    Args:
+        config (`PreTrainedConfig`): the config of a patched model.
+        tokens (`int`): tokens that are to be read.
+
+    Returns:
+        `int`
+    """
+    cache = InfiniCache(config)
+    length, overlap = cache.infini_config.segment_length, cache.infini_config.overlap
+    stock = cache.stock_layers.values()
+    if cache.infini_config.sink_tokens or not all(layer.is_sliding for layer in stock):
+        # The first tokens stay in sight.
+        return 0
+    reach = sum(layer.sliding_window for layer in stock)
+    if overlap or stock:
+        reach += len(cache.infini_layers) * (length + overlap)
+    # The segment of the last token is read in any case.
+    open_segment = max(0, tokens - 1) // length * length
+    return max(0, open_segment - reach) // length * length
