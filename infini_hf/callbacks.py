@@ -1,5 +1,6 @@
 """What training watches: the gates, the memory, the gradient that reaches the writes; and where the lanes stand."""
 
+import contextlib
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -24,7 +25,8 @@ class MemoryGateCallback(TrainerCallback):
     """Watches the gates of a run, warns when they cannot move, and draws them at the end.
 
     For each layer: the mean and the extremes of the gates `g`, the share of heads whose gate has moved by more than
-    0.01, and, from [`InfiniTrainer`], the norm of the memory and that of the gradient reaching the writes.
+    0.01, and, from [`InfiniTrainer`], the norm of the memory (the mean over the rows of the last micro-batch) and that
+    of the gradient reaching the writes (the sum over the rows and segments of the step, on this rank).
 
     Args:
         plot (`bool`, *optional*, defaults to `True`): draw `memory_gates.png` into the output folder at the end.
@@ -38,6 +40,9 @@ class MemoryGateCallback(TrainerCallback):
         # Segments of the longest row before the first log.
         self.longest = 0
         self.warned = False
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.write_gradients.clear()
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         # A resumed run measures from where it began first.
@@ -78,15 +83,14 @@ class MemoryGateCallback(TrainerCallback):
 
     def watch(self, index, cache):
         """Note the gradient that reaches what the segments before `index` have written."""
-        if not index:
-            self.write_gradients.clear()
-            return
-        for layer_index, layer in cache.infini_layers.items():
+        # What enters the first segment is nothing, or was written in an earlier row, without a gradient.
+        for layer_index, layer in cache.infini_layers.items() if index else ():
             if layer.memory.requires_grad:
                 layer.memory.register_hook(lambda gradient, at=layer_index: self._add(at, gradient))
 
     def _add(self, layer_index, gradient):
-        self.write_gradients[layer_index] += gradient.detach().float().norm()
+        # Row by row: the sum over a step is then the same however its rows are divided into micro-batches.
+        self.write_gradients[layer_index] += gradient.detach().float().flatten(1).norm(dim=1).sum()
 
     def note_memory(self, cache):
         """Keep the norms of the memories after a row."""
@@ -124,10 +128,10 @@ class MemoryGateCallback(TrainerCallback):
 
 
 class RunCallback(TrainerCallback):
-    """Brings the lanes of a resumed run back, tells the sampler its epoch, and the dilution what was answered.
+    """Begins a run where it has to, counts its micro-batches, and tells the sampler its epoch.
 
     Args:
-        trainer ([`InfiniTrainer`]): whose lanes.
+        trainer ([`InfiniTrainer`]): whose run.
     """
 
     def __init__(self, trainer):
@@ -135,10 +139,13 @@ class RunCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         # Not earlier: the layers are on their devices only now.
-        self.trainer.restore_lanes(model)
+        self.trainer.begin_run(model)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.trainer.micro_batch = 0
 
     def on_step_end(self, args, state, control, **kwargs):
-        self.trainer.note_answers()
+        self.trainer.note_step()
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         if self.trainer.lane_sampler is not None:
@@ -146,15 +153,31 @@ class RunCallback(TrainerCallback):
 
 
 def quiet(kind):
-    """A console callback of class `kind` that leaves the numbers of single layers to the log files."""
+    """A console callback of class `kind` that leaves the numbers of single layers to the log files and says of a
+    progress bar what it counts."""
 
     class Quiet(kind):
+        def on_train_begin(self, *args, **kwargs):
+            super().on_train_begin(*args, **kwargs)
+            describe_bar(self, "training_bar", "training")
+
+        def on_prediction_step(self, *args, **kwargs):
+            super().on_prediction_step(*args, **kwargs)
+            describe_bar(self, "prediction_bar", "evaluation")
+
         def on_log(self, args, state, control, logs=None, **kwargs):
             shown = {name: value for name, value in (logs or {}).items() if not name.startswith(PREFIX)}
             super().on_log(args, state, control, logs=shown, **kwargs)
 
     Quiet.__name__ = kind.__name__
     return Quiet
+
+
+def describe_bar(callback, name, description):
+    """Put a description in front of a bar of a [`transformers.ProgressCallback`], if it has one now."""
+    bar = vars(callback).get(name)
+    if bar is not None and bar.desc != f"{description}: ":
+        bar.set_description(description)
 
 
 def live_gates(model):
@@ -169,11 +192,24 @@ def live_gates(model):
 @torch.no_grad()
 def gate_values(model):
     """`{layer: (num_heads,) float32}` on the CPU: the gates `g`, 0 for local attention alone, 1 for memory alone."""
-    values = {}
-    for index, gate in live_gates(model).items():
-        bias = gate.bias.full_tensor() if isinstance(gate.bias, DTensor) else gate.bias
-        values[index] = ACTIVATIONS[gate.kind](bias.float()).cpu()
+    values, gates = {}, live_gates(model)
+    with gathered([gate.bias for gate in gates.values()]):
+        for index, gate in gates.items():
+            bias = gate.bias.full_tensor() if isinstance(gate.bias, DTensor) else gate.bias
+            values[index] = ACTIVATIONS[gate.kind](bias.float()).cpu()
     return values
+
+
+def gathered(parameters, modifier_rank=None):
+    """A context in which parameters that ZeRO-3 divides over the ranks are whole: every rank has to enter it.
+
+    What is written to them stays where `modifier_rank` is the rank that wrote; other parameters are as they are.
+    """
+    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
+        return contextlib.nullcontext()
+    from deepspeed import zero
+
+    return zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def draw_gates(values, path):

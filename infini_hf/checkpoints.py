@@ -64,6 +64,11 @@ def last_whole_checkpoint(output_dir):
     return None
 
 
+def disown(output_dir, step):
+    """Before a checkpoint is written over an older one, take away what says that the older one is whole."""
+    (Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
+
+
 def record_run(folder, trainer):
     """Note beside a checkpoint what its continuation must have in common with it."""
     Path(folder).mkdir(parents=True, exist_ok=True)
@@ -75,7 +80,8 @@ def describe(trainer):
     return {
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
-        "lanes": args.train_batch_size,
+        # What auto_find_batch_size has made of the value in the arguments.
+        "lanes": trainer._train_batch_size,
         "processes": args.world_size,
         "dilution": trainer.dilution.state(),
         "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
@@ -107,7 +113,9 @@ def check_resume(folder, trainer):
             f"carry_memory={ours['carry_memory']}: resume with the same, or start a new run from its weights"
         )
     for name, option in (("lanes", "per_device_train_batch_size"), ("processes", "number of processes")):
-        if ours["carry_memory"] and theirs[name] != ours[name]:
+        # A run that finds its batch size takes that of the checkpoint.
+        found = name == "lanes" and trainer.args.auto_find_batch_size
+        if ours["carry_memory"] and not found and theirs[name] != ours[name]:
             raise ValueError(
                 f"{folder}: carries the memory of {theirs[name]} {name}, and this run has {ours[name]}: resume "
                 f"with the same {option}"

@@ -6,6 +6,7 @@ during training shows the model how little of a needle is left among a thousand 
 
 from collections import deque
 
+import numpy as np
 import torch
 
 RAMPS = ("clock", "accuracy")
@@ -28,8 +29,7 @@ class MemoryDilution:
 
     def __init__(self, highest, probability=0.5, ramp="clock", threshold=0.9):
         self.highest, self.probability, self.ramp, self.threshold = highest, probability, ramp, threshold
-        self.strength = 1.0
-        self.answers = deque()
+        self.restore(None)
 
     def advance(self, progress):
         """Move the clock to `progress`, the share of the steps that is done, 0 to 1."""
@@ -55,12 +55,17 @@ class MemoryDilution:
         asked = sum(count for _, count in self.answers)
         return sum(right for right, _ in self.answers) / asked if asked else None
 
-    def draw(self, batch, segments):
-        """Scales `(batch, segments)` float32: 1, or with the given probability α, log-uniform up to the strength."""
+    def draw(self, batch, segments, *seed):
+        """Scales `(batch, segments)` float32: 1, or with the given probability α, log-uniform up to the strength.
+
+        Drawn from the whole numbers `seed` alone, so that every micro-batch of every rank has its own, and a resumed
+        run the same.
+        """
         if self.strength <= 1.0:
             return None
-        scale = self.strength ** torch.rand(batch, segments)
-        return torch.where(torch.rand(batch, segments) < self.probability, scale, 1.0)
+        exponents, chances = np.random.default_rng(seed).random((2, batch, segments), dtype=np.float32)
+        scale = self.strength ** torch.from_numpy(exponents)
+        return torch.where(torch.from_numpy(chances) < self.probability, scale, 1.0)
 
     def metrics(self):
         """What is logged: the strength, where dilution is on, and the running accuracy of the answers."""
@@ -72,4 +77,6 @@ class MemoryDilution:
         return {"strength": self.strength, "answers": list(self.answers)}
 
     def restore(self, state):
+        """Go on from what [`state`] returned, or, from `None`, begin."""
+        state = {"strength": 1.0, "answers": []} if state is None else state
         self.strength, self.answers = state["strength"], deque(tuple(pair) for pair in state["answers"])

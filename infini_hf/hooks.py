@@ -128,7 +128,8 @@ def read_scale(scale, config, batch, device):
     """How many times segments are written, `(batch, n)` float32, or `None` for once.
 
     Raises:
-        ValueError: when it does not fit the batch, or the update rule is not linear.
+        ValueError: when it does not fit the batch or holds what is no number of writes, or the update rule is not
+            linear.
     """
     if scale is None:
         return None
@@ -140,7 +141,14 @@ def read_scale(scale, config, batch, device):
     if not isinstance(scale, torch.Tensor) or scale.ndim not in (1, 2) or scale.shape[0] != batch:
         what = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
         raise ValueError(f"memory_scale of {what}: must be a tensor (batch,) or (batch, segments) for {batch} rows")
-    scale = scale.to(device=device, dtype=torch.float32)
+    scale = scale.to(dtype=torch.float32)
+    wrong = scale[~((scale > 0) & scale.isfinite())]
+    if wrong.numel():
+        raise ValueError(
+            f"memory_scale={wrong[0].item()}: must be a finite number above 0, how many times a segment is written; 1 "
+            "is once. A segment that is not written would leave an empty memory to be read: leave it out of the text"
+        )
+    scale = scale.to(device)
     return scale[:, None] if scale.ndim == 1 else scale
 
 

@@ -55,8 +55,9 @@ class Lanes:
                 held = "nothing" if before is None else f"document {before[0]} up to part {before[1]}"
                 raise ValueError(
                     f"row {lane} is part {part} of document {document}, and the memory of that lane holds {held}: the "
-                    "rows are not in lane order. Let InfiniTrainer order a dataset that has a length, or order a "
-                    "stream with infini_hf.data.lane_order.lane_stream(rows, per_device_train_batch_size × processes)"
+                    "rows are not in lane order. Let InfiniTrainer order a dataset that has a length (which it does "
+                    "unless train_sampling_strategy='sequential'), or order a stream with "
+                    "infini_hf.data.lane_order.lane_stream(rows, per_device_train_batch_size × processes)"
                 )
         self.cache.reset_rows(parts.cpu() == 0)
         return self.cache

@@ -8,7 +8,9 @@ through the wrapper of data parallelism, which counts one forward for one backwa
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.autograd.graph import save_on_cpu
@@ -31,22 +33,52 @@ class StepOptions:
         recompute (`bool`): keep no activations of a segment and compute them again in the backward pass.
         offload (`bool`): keep the per-segment states on the CPU until the backward pass; with `recompute` alone.
         label_smoothing (`float`): share of the target that is spread over the vocabulary.
+        distillation ([`infini_hf.distillation.Distillation`], *optional*): what the segments' `teacher` is held to.
+        wrapper (`torch.nn.Module`, *optional*): the model as data parallelism wraps it; the last segment goes through.
+        filling (`int`): calls more that add nothing, for ranks that share parameters.
+        write_scale (`torch.Tensor`, *optional*): `(batch, n)` float32, how many times each segment that a row closes
+            is written; linear rule only.
     """
 
     bptt_segments: int | None = None
     recompute: bool = True
     offload: bool = False
     label_smoothing: float = 0.0
+    distillation: Any = None
+    wrapper: torch.nn.Module | None = None
+    filling: int = 0
+    write_scale: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class StepObserver:
+    """Who is told of a step while it runs.
+
+    Args:
+        watch (`Callable`, *optional*): called with the index of a segment and the cache that enters it.
+        tally (`Callable`, *optional*): called for each segment with weights, with `(2,)` int64: emphasised targets (of
+            a weight above 1) that the model would have said, and all of them.
+        divergence (`Callable`, *optional*): called for each segment that a teacher has read, with its share of the
+            divergence, a float32 scalar.
+    """
+
+    watch: Callable | None = None
+    tally: Callable | None = None
+    divergence: Callable | None = None
 
 
 @dataclass
 class Segment:
-    """The columns of one segment, each `(batch, columns)` or `None`: ids, padding mask, targets and their weights."""
+    """The columns of one segment, each `(batch, columns)` or `None`: ids, padding mask, targets and their weights.
+
+    `teacher` holds a teacher's last hidden states, `(batch, columns, hidden_size of the teacher)`.
+    """
 
     input_ids: torch.Tensor
     attention_mask: torch.Tensor | None = None
     targets: torch.Tensor | None = None
     weights: torch.Tensor | None = None
+    teacher: torch.Tensor | None = None
 
 
 def shift_labels(labels):
@@ -103,18 +135,7 @@ def forgotten(cache):
     return twin
 
 
-def segment_major_loss(
-    model,
-    segments,
-    cache,
-    num_items,
-    options=StepOptions(),
-    wrapper=None,
-    watch=None,
-    filling=0,
-    write_scale=None,
-    tally=None,
-):
+def segment_major_loss(model, segments, cache, num_items, options=StepOptions(), observer=StepObserver()):
     """The loss of a row read segment after segment, with gradients through the memory.
 
     Args:
@@ -122,33 +143,28 @@ def segment_major_loss(
         segments (`list[Segment]`): the segments in order, as from [`cut_segments`].
         cache ([`InfiniCache`]): what the rows remember; it is not changed.
         num_items (`int` or `torch.Tensor`): tokens that the sum of the losses is divided by, those of the whole batch.
-        options ([`StepOptions`]): truncation, recomputation, offloading.
-        wrapper (`torch.nn.Module`, *optional*): the model as data parallelism wraps it; the last segment goes through.
-        watch (`Callable`, *optional*): called with the index of a segment and the cache that enters it.
-        filling (`int`, *optional*, defaults to 0): calls more that add nothing, for ranks that share parameters.
-        write_scale (`torch.Tensor`, *optional*): `(batch, n)` float32, how many times each segment that a row closes
-            is written; linear rule only.
-        tally (`Callable`, *optional*): called for each segment with weights, with `(2,)` int64: emphasised targets (of
-            a weight above 1) that the model would have said, and all of them.
+        options ([`StepOptions`]): truncation, recomputation, offloading, scaled writes, the teacher.
+        observer ([`StepObserver`]): who is told of the step.
 
     Returns:
         `tuple[torch.Tensor, InfiniCache]`: the loss, a float32 scalar, and the cache after the last segment.
     """
     total, began, length = 0.0, cache.seen, cache.infini_config.segment_length
-    for _ in range(filling):
+    for _ in range(options.filling):
         total = total + read_segment(model, filling_of(segments), forgotten(cache), num_items, options, True)[0]
     for index, segment in enumerate(segments):
         if options.bptt_segments and index and index % options.bptt_segments == 0:
             cache = cache.with_tensors(tensor.detach() for tensor in cache.tensors())
-        if watch is not None:
-            watch(index, cache)
+        if observer.watch is not None:
+            observer.watch(index, cache)
         last = index + 1 == len(segments)
-        target = wrapper if last and wrapper is not None else model
-        scale = None if write_scale is None else scale_now(write_scale, began, cache.seen, length)
+        target = options.wrapper if last and options.wrapper is not None else model
+        scale = None if options.write_scale is None else scale_now(options.write_scale, began, cache.seen, length)
         recompute = options.recompute and not last
-        loss, counts, cache = read_segment(target, segment, cache, num_items, options, recompute, scale)
-        if tally is not None and counts is not None:
-            tally(counts)
+        loss, *notes, cache = read_segment(target, segment, cache, num_items, options, recompute, scale)
+        for tell, note in zip((observer.tally, observer.divergence), notes, strict=True):
+            if tell is not None and note is not None:
+                tell(note)
         total = total + loss
     return total, cache
 
@@ -163,7 +179,7 @@ def scale_now(write_scale, began, seen, length):
 
 
 def read_segment(model, segment, cache, num_items, options, recompute, scale=None):
-    """Loss of one segment, the counts of its emphasised targets, and the cache after it."""
+    """What [`segment_loss`] returns of one segment, and the cache after it."""
     state = cache.tensors()
     # What stays alive until the backward pass holds no tensor of the state: those are the arguments.
     empty = cache.with_tensors(None for _ in state)
@@ -175,7 +191,7 @@ def read_segment(model, segment, cache, num_items, options, recompute, scale=Non
         if recompute and segment.input_ids.numel() >= WORTH_RELEASING:
             release_free_pages(segment.input_ids.device)
         twin = empty.with_tensors(state)
-        return *segment_loss(model, segment, twin, num_items, options.label_smoothing, scale), twin
+        return *segment_loss(model, segment, twin, num_items, options, scale), twin
 
     if not recompute or not torch.is_grad_enabled():
         return read(device, *state)
@@ -185,10 +201,13 @@ def read_segment(model, segment, cache, num_items, options, recompute, scale=Non
         return checkpoint(read, device, *state, use_reentrant=False)
 
 
-def segment_loss(model, segment, cache, num_items, label_smoothing=0.0, scale=None):
-    """Sum of the losses of a segment's targets over `num_items`, and the counts of its emphasised targets.
+def segment_loss(model, segment, cache, num_items, options=StepOptions(), scale=None):
+    """The sum of the losses of a segment's targets over `num_items`, and what an observer is told of it.
 
-    It is the model's own loss where neither weights nor smoothing are asked for.
+    It is the model's own loss where neither weights, smoothing nor a teacher are asked for.
+
+    Returns:
+        `tuple`: the loss; the counts of the emphasised targets, `(2,)` int64, or `None`; the divergence or `None`.
     """
     inputs = {
         "input_ids": segment.input_ids,
@@ -197,19 +216,28 @@ def segment_loss(model, segment, cache, num_items, label_smoothing=0.0, scale=No
         "use_cache": True,
         **({} if scale is None else {"memory_scale": scale}),
     }
-    if not label_smoothing and segment.weights is None:
+    if not options.label_smoothing and segment.weights is None and segment.teacher is None:
         targets = {"labels": segment.targets, "shift_labels": segment.targets, "num_items_in_batch": num_items}
-        return model(**inputs, **targets).loss, None
+        return model(**inputs, **targets).loss, None, None
     logits = model(**inputs).logits.float().flatten(0, 1)
     targets = segment.targets.flatten().to(logits.device)
-    options = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
-    if segment.weights is None:
-        return F.cross_entropy(logits, targets, reduction="sum", **options) / num_items, None
-    weights = segment.weights.flatten().to(logits.device)
-    losses = F.cross_entropy(logits, targets, reduction="none", **options)
+    loss, counts = target_loss(logits, targets, segment.weights, options.label_smoothing)
+    if segment.teacher is None:
+        return loss / num_items, counts, None
+    divergence = options.distillation.divergence(logits, segment.teacher.flatten(0, 1), targets) / num_items
+    return loss / num_items + options.distillation.weight * divergence, counts, divergence.detach()
+
+
+def target_loss(logits, targets, weights, label_smoothing):
+    """The summed loss of targets `(tokens,)` under logits `(tokens, vocab_size)`, and the counts of the emphasised."""
+    kind = {"ignore_index": IGNORED, "label_smoothing": label_smoothing}
+    if weights is None:
+        return F.cross_entropy(logits, targets, reduction="sum", **kind), None
+    weights = weights.flatten().to(logits.device)
+    losses = F.cross_entropy(logits, targets, reduction="none", **kind)
     emphasised = (weights > 1) & (targets != IGNORED)
     correct = (logits.detach().argmax(-1) == targets) & emphasised
-    return (losses * weights).sum() / num_items, torch.stack([correct.sum(), emphasised.sum()])
+    return (losses * weights).sum(), torch.stack([correct.sum(), emphasised.sum()])
 
 
 @torch.no_grad()

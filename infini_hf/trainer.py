@@ -1,28 +1,37 @@
 """`InfiniTrainer`: the stock `Trainer` over rows of any length, read segment after segment through the memory."""
 
+from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import Trainer
-from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet
-from .checkpoints import check_resume, record_run, resolve_checkpoint
+from .checkpoints import check_resume, disown, record_run, resolve_checkpoint
 from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
 from .dilution import MemoryDilution
+from .distillation import Distillation
 from .gate import trainable_gates
 from .lanes import Lanes
-from .segment_step import StepOptions, cut_segments, score_segments, segment_major_loss, shift_labels, shift_weights
+from .segment_step import (
+    StepObserver,
+    StepOptions,
+    cut_segments,
+    score_segments,
+    segment_major_loss,
+    shift_labels,
+    shift_weights,
+)
 from .streaming import require_patched
+from .trainer_checks import refuse_what_cannot_work
 from .training_args import InfiniTrainingArguments
 
 # Columns that say where a row belongs, and what its targets weigh.
 LANE_COLUMNS = ("document", "part")
+ROW_COLUMNS = (*LANE_COLUMNS, "dilute")
 WEIGHTS = "loss_weights"
 NO_LABELS = (
     "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
@@ -40,6 +49,8 @@ class InfiniTrainer(Trainer):
         model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
         args ([`InfiniTrainingArguments`], *optional*): the arguments.
         data_collator (`Callable`, *optional*): [`infini_hf.data.collator.InfiniCollator`] by default.
+        teacher (`PreTrainedModel`, *optional*): a stock causal model that reads each row with full attention, and that
+            the loss holds this one to; see [`infini_hf.distillation`].
         kwargs: everything else that `Trainer` takes.
 
     Raises:
@@ -48,7 +59,7 @@ class InfiniTrainer(Trainer):
         NotImplementedError: for what cannot work segment by segment, by name.
     """
 
-    def __init__(self, model=None, args=None, data_collator=None, **kwargs):
+    def __init__(self, model=None, args=None, data_collator=None, *, teacher=None, **kwargs):
         args = InfiniTrainingArguments("trainer_output") if args is None else args
         if not isinstance(args, InfiniTrainingArguments):
             raise TypeError(f"args is a {type(args).__name__}: pass infini_hf.InfiniTrainingArguments")
@@ -73,8 +84,13 @@ class InfiniTrainer(Trainer):
         for kind in (ProgressCallback, PrinterCallback):
             if (shown := self.pop_callback(kind)) is not None:
                 self.add_callback(quiet(type(shown)))
+        self.distillation = None if teacher is None else self._distillation(teacher)
         self.options = StepOptions(
-            args.bptt_segments, args.recompute_segments, args.offload_memory_states, args.label_smoothing_factor
+            bptt_segments=args.bptt_segments,
+            recompute=args.recompute_segments,
+            offload=args.offload_memory_states,
+            label_smoothing=args.label_smoothing_factor,
+            distillation=self.distillation,
         )
         self.dilution = MemoryDilution(
             args.memory_dilution,
@@ -83,53 +99,31 @@ class InfiniTrainer(Trainer):
             args.memory_dilution_threshold,
         )
         self.lanes = Lanes(config)
-        self.lane_sampler = self.lane_file = None
-        # Counts of the emphasised targets since the last optimizer step, `(2,)` int64 each.
-        self.answers = []
-        self.scored = None
-        self._refuse_what_cannot_work()
+        self.lane_sampler = self.resumed = self.scored = None
+        # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.
+        self.answers, self.divergences, self.micro_batch = [], [], 0
+        refuse_what_cannot_work(self)
 
-    def _refuse_what_cannot_work(self):
-        if self.args.n_gpu > 1:
-            raise NotImplementedError(
-                f"{self.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
-                "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        rule = infini_config_of(self.lanes.config).memory_update
-        if self.args.memory_dilution > 1 and rule != "linear":
-            raise ValueError(
-                f"memory_dilution={self.args.memory_dilution} with memory_update={rule!r}: a scaled write equals "
-                "repeated ones under the linear rule alone; patch with memory_update='linear', or leave "
-                "memory_dilution at 1"
-            )
-        if self.get_cp_size() > 1 or self.get_sp_size() > 1:
-            raise NotImplementedError(
-                "context or sequence parallelism of accelerate splits rows: use data parallelism"
-            )
-        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if plugin is not None and plugin.fsdp_version == 1:
-            raise NotImplementedError(
-                "FSDP1 allows one forward for one backward, and a step reads many segments: set fsdp_version: 2"
-            )
-        if plugin is not None and plugin.activation_checkpointing:
-            raise ValueError(
-                "FSDP activation_checkpointing would write every segment twice: turn it off, InfiniTrainer recomputes "
-                "whole segments (recompute_segments=True)"
-            )
+    def _distillation(self, teacher):
+        if isinstance(teacher, torch.nn.Module):
+            self._move_model_to_device(teacher, self.args.device)
+        return Distillation(teacher, self.args.distillation_weight or 1.0, self.args.distillation_temperature)
 
     # Data
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *LANE_COLUMNS, WEIGHTS]))
+        self._signature_columns = list(dict.fromkeys([*self._signature_columns, *ROW_COLUMNS, WEIGHTS]))
 
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        if not self.args.carry_memory:
+        # A dataset in an order of its own is held to lane order when its rows are read.
+        if not self.args.carry_memory or self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         columns = [lane_column(dataset, name) for name in LANE_COLUMNS]
-        lanes = self.args.train_batch_size * self.args.world_size
+        # Smaller than that of the arguments where auto_find_batch_size has made it so.
+        lanes = self._train_batch_size * self.args.world_size
         self.lane_sampler = LaneSampler(*columns, lanes, seed)
         return self.lane_sampler
 
@@ -137,34 +131,41 @@ class InfiniTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         """The loss of a micro-batch, read segment after segment; see [`infini_hf.segment_step`]."""
-        return super().compute_loss(
-            partial(self._read_rows, model), inputs, return_outputs, num_items_in_batch=num_items_in_batch
-        )
+        read = partial(self._read_rows, model)
+        return super().compute_loss(read, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def _read_rows(self, model, input_ids, labels=None, num_items_in_batch=None, document=None, part=None, **others):
+        dilute = others.pop("dilute", None)
         if labels is None:
             raise ValueError(NO_LABELS)
         segments, filling = self._cut(input_ids, labels, **others)
-        targets = [segment.targets for segment in segments]
         if num_items_in_batch is None:
-            num_items_in_batch = sum((part != -100).sum() for part in targets)
+            num_items_in_batch = sum((segment.targets != -100).sum() for segment in segments)
         # A batch in which nothing is learned has the loss 0, not 0 / 0.
         num_items = torch.as_tensor(num_items_in_batch, device=input_ids.device).clamp_min(1)
-        carry = self.args.carry_memory
-        cache = self.lanes.open(document, part) if carry else InfiniCache(self.lanes.config)
-        watch = self.gates.watch if self._logs_this_step() else None
+        cache = self.lanes.open(document, part) if self.args.carry_memory else InfiniCache(self.lanes.config)
         self.gates.note_row(len(segments))
         inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
-        self.dilution.advance(self.state.global_step / max(1, self.state.max_steps))
-        scale = self.dilution.draw(input_ids.shape[0], len(segments))
-        loss, cache = segment_major_loss(
-            inner, segments, cache, num_items, self.options, model, watch, filling, scale, self.answers.append
-        )
+        scale = self._write_scale(dilute, segments)
+        options = replace(self.options, wrapper=model, filling=filling, write_scale=scale)
+        if self.distillation is not None:
+            segments = self.distillation.read(segments)
+        watch = self.gates.watch if self._logs_this_step() else None
+        observer = StepObserver(watch, self.answers.append, self.divergences.append)
+        loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
         if watch is not None:
             self.gates.note_memory(cache)
-        if carry:
+        if self.args.carry_memory:
             self.lanes.close(document, part, cache)
         return {"loss": loss}
+
+    def _write_scale(self, dilute, segments):
+        """How many times the segments of a micro-batch are written, drawn for it alone; `None` for once."""
+        self.dilution.advance(self.state.global_step / max(1, self.state.max_steps))
+        place = (self.args.seed, self.args.process_index, self.state.global_step, self.micro_batch)
+        self.micro_batch += 1
+        scale = self.dilution.draw(segments[0].input_ids.shape[0], len(segments), *place)
+        return scale if scale is None or dilute is None else torch.where(dilute.cpu()[:, None], scale, 1.0)
 
     def _cut(self, input_ids, labels=None, attention_mask=None, loss_weights=None, trim=True, **others):
         """Segments of a batch, and how many more calls of the model this rank owes to the others."""
@@ -203,14 +204,19 @@ class InfiniTrainer(Trainer):
     def log(self, logs, start_time=None):
         if "loss" in logs:
             logs = {**logs, **self.dilution.metrics(), **self.gates.metrics(self.model)}
+            logs |= {} if self.distillation is None else self.distillation.metrics()
         super().log(logs, start_time)
 
-    def note_answers(self):
-        """Tell the dilution how many answers of the last step were right, on all ranks together."""
+    def note_step(self):
+        """Gather what the last step has shown, of all ranks together: answers that were right, and the divergence."""
         # Every rank takes part, whether it met answers or not.
         counts = torch.stack([torch.zeros(2, dtype=torch.int64, device=self.args.device), *self.answers]).sum(0)
-        self.answers.clear()
         self.dilution.note(*self.accelerator.gather(counts[None]).sum(0).tolist())
+        if self.distillation is not None:
+            shares = torch.stack([torch.zeros((), device=self.args.device), *self.divergences]).sum(0)
+            self.distillation.note(self.accelerator.gather(shares[None]).sum().item())
+        self.answers.clear()
+        self.divergences.clear()
 
     # Evaluation
 
@@ -227,7 +233,7 @@ class InfiniTrainer(Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Loss of a batch, streamed with a memory of its own; logits of whole rows only where they are asked for."""
         inputs = self._prepare_inputs(inputs)
-        inputs = {name: value for name, value in inputs.items() if name not in LANE_COLUMNS}
+        inputs = {name: value for name, value in inputs.items() if name not in ROW_COLUMNS}
         labels = inputs.get("labels")
         with self.compute_loss_context_manager():
             segments, filling = self._cut(**inputs, trim=prediction_loss_only)
@@ -249,12 +255,11 @@ class InfiniTrainer(Trainer):
             ValueError: when the checkpoint is incomplete, or belongs to another patch or another set of lanes.
         """
         resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        self.gates.start = None
+        self.gates.start = self.resumed = None
         if resume_from_checkpoint is not None:
             record = check_resume(resume_from_checkpoint, self)
-            self.dilution.restore(record["dilution"])
             self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
-        self.lane_file = None if resume_from_checkpoint is None else self._lane_file(resume_from_checkpoint)
+            self.resumed = resume_from_checkpoint, record
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
     def _run_epoch(self, *args, **kwargs):
@@ -264,20 +269,23 @@ class InfiniTrainer(Trainer):
             return
         super()._run_epoch(*args, **kwargs)
 
-    def restore_lanes(self, model):
-        """Begin with empty lanes, or with those of the checkpoint that is resumed."""
+    def begin_run(self, model):
+        """Begin with empty lanes and no dilution, or with those of the checkpoint that is resumed."""
+        folder, record = self.resumed or (None, {"dilution": None})
+        self.answers.clear()
+        self.divergences.clear()
+        self.dilution.restore(record["dilution"])
         self.lanes = Lanes(self.lanes.config)
-        if self.args.carry_memory and self.lane_file is not None:
-            self.lanes.load(self.lane_file, require_patched(self.accelerator.unwrap_model(model)).get_decoder())
+        if self.args.carry_memory and folder is not None:
+            inner = require_patched(self.accelerator.unwrap_model(model))
+            self.lanes.load(self._lane_file(folder), inner.get_decoder())
 
     def _lane_file(self, folder):
         return f"{folder}/lanes_{self.args.process_index}.safetensors"
 
     def _save_checkpoint(self, model, trial):
-        # The state file says that a checkpoint is whole: one of an earlier run must not vouch for this one.
         if self.args.should_save:
-            folder = Path(self._get_output_dir(trial=trial)) / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-            (folder / TRAINER_STATE_NAME).unlink(missing_ok=True)
+            disown(self._get_output_dir(trial=trial), self.state.global_step)
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(model, trial)
 

@@ -1,5 +1,6 @@
 """`InfiniTrainingArguments`: the stock arguments, and how a step goes through the memory."""
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
@@ -35,6 +36,11 @@ class InfiniTrainingArguments(TrainingArguments):
             the running accuracy of emphasised targets (those with a `loss_weights` above 1) passes the threshold.
         memory_dilution_threshold (`float`, *optional*, defaults to `0.9`):
             That accuracy, of 1.
+        distillation_weight (`float`, *optional*):
+            What the divergence from the teacher of `InfiniTrainer(teacher=...)` counts in the loss; 1 by default,
+            where there is one.
+        distillation_temperature (`float`, *optional*, defaults to `1.0`):
+            By which the logits of teacher and student are divided before they are compared.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
 
@@ -73,6 +79,12 @@ class InfiniTrainingArguments(TrainingArguments):
     memory_dilution_threshold: float = field(
         default=0.9, metadata={"help": "Running accuracy at which memory_dilution_ramp=accuracy doubles the scale."}
     )
+    distillation_weight: float | None = field(
+        default=None, metadata={"help": "What the divergence from the teacher counts in the loss; 1 with a teacher."}
+    )
+    distillation_temperature: float = field(
+        default=1.0, metadata={"help": "By which the logits of teacher and student are divided."}
+    )
     plot_memory_gates: bool = field(
         default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
     )
@@ -86,8 +98,11 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(f"memory_gate_learning_rate={self.memory_gate_learning_rate}: must not be negative")
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
-        if self.memory_dilution < 1:
-            raise ValueError(f"memory_dilution={self.memory_dilution}: must be at least 1, which is off")
+        if not 1 <= self.memory_dilution < math.inf:
+            raise ValueError(f"memory_dilution={self.memory_dilution}: must be a number of at least 1, which is off")
+        for name in ("distillation_weight", "distillation_temperature"):
+            if getattr(self, name) is not None and not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0; to train without, pass no teacher")
         for name in ("memory_dilution_probability", "memory_dilution_threshold"):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be between 0 and 1")

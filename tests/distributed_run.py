@@ -1,6 +1,6 @@
 """A training run for `tests/test_distributed.py`, started once for each process: writes its losses as JSON.
 
-python tests/distributed_run.py {trainer,fsdp} OUTPUT_DIR {carry,fresh}
+python tests/distributed_run.py {trainer,stream,zero2,zero3,fsdp} OUTPUT_DIR {carry,fresh}
 """
 
 import json
@@ -15,6 +15,8 @@ from torch import distributed
 
 from infini_hf import InfiniCache, InfiniTrainer, InfiniTrainingArguments
 from infini_hf.data.collator import InfiniCollator
+from infini_hf.data.lane_order import lane_stream
+from infini_hf.evaluation.controls import closed_memory
 from infini_hf.segment_step import StepOptions, cut_segments, segment_major_loss, shift_labels
 
 SEGMENT = 8
@@ -37,12 +39,19 @@ def rows():
     return Dataset.from_list(examples)
 
 
+def by_length(examples):
+    return sorted(examples, key=lambda row: len(row["labels"]))
+
+
 def model_of_the_run():
     return build_patched("llama", segment_length=SEGMENT, overlap=2)
 
 
-def run_trainer(folder, carry):
+def run_trainer(folder, kind, carry):
     world = int(os.environ.get("WORLD_SIZE", 1))
+    zero = int(kind.removeprefix("zero")) if kind.startswith("zero") else None
+    # Before the arguments: after them, under ZeRO-3, transformers would build it in parts that a seed does not fill.
+    model = model_of_the_run()
     args = InfiniTrainingArguments(
         str(folder),
         per_device_train_batch_size=GLOBAL_BATCH // world,
@@ -55,17 +64,23 @@ def run_trainer(folder, carry):
         carry_memory=carry,
         report_to=[],
         learning_rate=1e-3,
-        use_cpu=True,
+        # DeepSpeed is for devices, and takes the CPU where there are none.
+        use_cpu=zero is None,
+        deepspeed=zero and {"zero_optimization": {"stage": zero}, "train_micro_batch_size_per_gpu": "auto"},
         disable_tqdm=True,
         plot_memory_gates=False,
-        train_sampling_strategy="sequential",
+        train_sampling_strategy="random" if carry else "sequential",
     )
     # Ten rows leave a last batch that is not full.
-    data = rows()
+    data = train = rows()
+    if kind == "stream":
+        # Without lanes by length, so that batches of the two ranks differ in width.
+        stream = Dataset.from_list(list(data) if carry else by_length(data)).to_iterable_dataset()
+        train = lane_stream(stream, GLOBAL_BATCH) if carry else stream
     trainer = InfiniTrainer(
-        model=model_of_the_run(),
+        model=model,
         args=args,
-        train_dataset=data,
+        train_dataset=train,
         eval_dataset=data.select(range(10)),
         data_collator=InfiniCollator(Tokenizer()),
     )
@@ -76,7 +91,14 @@ def run_trainer(folder, carry):
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "eval": next(entry["eval_loss"] for entry in log if "eval_loss" in entry),
         "tokens": next(entry["eval_tokens"] for entry in log if "eval_tokens" in entry),
+        "gates": [entry["memory_gate/layer_1/mean"] for entry in log if "loss" in entry],
+        "closed": closed_loss(trainer),
     }
+
+
+def closed_loss(trainer):
+    with closed_memory(trainer.model):
+        return trainer.evaluate()["eval_loss"]
 
 
 def run_fsdp():
@@ -93,7 +115,7 @@ def run_fsdp():
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
-    collate, data, losses = InfiniCollator(Tokenizer()), sorted(rows(), key=lambda row: len(row["labels"])), []
+    collate, data, losses = InfiniCollator(Tokenizer()), by_length(rows()), []
     share = GLOBAL_BATCH // world
     for step in range(STEPS):
         first = step * GLOBAL_BATCH % len(data)
@@ -107,7 +129,7 @@ def run_fsdp():
         filling = int(most) - len(segments)
         # Ranks average their gradients, and the loss is over the tokens of all.
         cache = InfiniCache(model.config)
-        loss, _ = segment_major_loss(model, segments, cache, items / world, StepOptions(), filling=filling)
+        loss, _ = segment_major_loss(model, segments, cache, items / world, StepOptions(filling=filling))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -121,7 +143,7 @@ def run_fsdp():
 def main():
     torch.set_num_threads(1)
     kind, folder, carry = sys.argv[1], Path(sys.argv[2]), sys.argv[3] == "carry"
-    result = run_trainer(folder, carry) if kind == "trainer" else run_fsdp()
+    result = run_fsdp() if kind == "fsdp" else run_trainer(folder, kind, carry)
     if int(os.environ.get("RANK", 0)) == 0:
         (folder / "result.json").write_text(json.dumps(result))
     if distributed.is_initialized():

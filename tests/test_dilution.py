@@ -5,11 +5,18 @@ import math
 import pytest
 import torch
 from models import build_patched, random_ids
-from training import make_trainer, tiny_model, tiny_rows
+from training import logged, make_trainer, tiny_model, tiny_rows
 
 from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf.dilution import WINDOW, MemoryDilution
-from infini_hf.segment_step import cut_segments, segment_major_loss, shift_labels, shift_weights
+from infini_hf.segment_step import (
+    StepObserver,
+    StepOptions,
+    cut_segments,
+    segment_major_loss,
+    shift_labels,
+    shift_weights,
+)
 
 L = 8
 
@@ -49,7 +56,7 @@ def test_scales_are_one_or_log_uniform_up_to_the_strength():
     dilution = MemoryDilution(100.0, probability=0.25)
     assert dilution.draw(4, 5) is None
     dilution.strength = 100.0
-    scale = dilution.draw(200, 50)
+    scale = dilution.draw(200, 50, 7)
     scaled = scale[scale != 1.0]
     assert scale.shape == (200, 50)
     assert scaled.numel() / scale.numel() == pytest.approx(0.25, abs=0.02)
@@ -79,7 +86,7 @@ def test_scaled_writes_have_the_gradients_of_both_orders(padded):
     model(ids, **options).loss.backward()
     plain = gradients(model)
     segments = cut_segments(ids, mask, shift_labels(labels), L)
-    loss, _ = segment_major_loss(model, segments, InfiniCache(model.config), count, write_scale=scale)
+    loss, _ = segment_major_loss(model, segments, InfiniCache(model.config), count, StepOptions(write_scale=scale))
     loss.backward()
     for name, gradient in gradients(model).items():
         torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5 * expected[name].abs().max().item())
@@ -94,7 +101,8 @@ def test_weights_count_the_loss_of_a_target_as_often():
     weights[0, :5] = 0.0
     segments = cut_segments(ids, None, shift_labels(ids), L, weights=shift_weights(weights))
     counts = []
-    loss, _ = segment_major_loss(model, segments, InfiniCache(model.config), 10, tally=counts.append)
+    observer = StepObserver(tally=counts.append)
+    loss, _ = segment_major_loss(model, segments, InfiniCache(model.config), 10, observer=observer)
     logits = model(ids, use_cache=False).logits
     losses = torch.nn.functional.cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none")
     torch.testing.assert_close(loss, (losses * weights[:, 1:]).sum() / 10, rtol=1e-5, atol=0)
@@ -145,3 +153,59 @@ def test_dilution_is_refused_where_it_means_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}="):
             InfiniTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+# Where a scale comes from
+
+
+def test_every_micro_batch_of_every_rank_draws_its_own_scales_and_always_the_same():
+    dilution = MemoryDilution(100.0)
+    dilution.strength = 100.0
+    places = [(seed, rank, step, micro) for seed in (0, 42) for rank in (0, 1) for step in (0, 7) for micro in (0, 1)]
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    scales = [dilution.draw(2, 6, *place) for place in places]
+    assert torch.equal(torch.get_rng_state(), before), "the draws take from the random numbers of dropout"
+    for index, scale in enumerate(scales):
+        assert torch.equal(scale, dilution.draw(2, 6, *places[index]))
+        assert not any(torch.equal(scale, other) for other in scales[:index])
+
+
+def scales_of(trainer, **options):
+    """Train; the seed and the scales of every micro-batch."""
+    drawn, draw = [], trainer.dilution.draw
+
+    def noted(batch, segments, *seed):
+        scale = draw(batch, segments, *seed)
+        drawn.append((seed, None if scale is None else scale.tolist()))
+        return scale
+
+    trainer.dilution.draw = noted
+    trainer.train(**options)
+    return drawn
+
+
+def test_a_resumed_run_draws_what_the_whole_run_drew(tmp_path):
+    """Under the clock, in steps of two micro-batches each: no random state is brought back for them."""
+    options = {
+        "memory_dilution": 64.0,
+        "max_steps": 8,
+        "gradient_accumulation_steps": 2,
+        "save_strategy": "steps",
+        "save_steps": 4,
+        "seed": 5,
+    }
+    drawn = scales_of(make_trainer(tmp_path, rows=weighted_rows(), **options))
+    assert [seed for seed, _ in drawn] == [(5, 0, step, micro) for step in range(8) for micro in range(2)]
+    assert all(scale is not None for _, scale in drawn[-8:])
+    resumed = make_trainer(tmp_path, rows=weighted_rows(), **options)
+    assert scales_of(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == drawn[8:]
+
+
+def test_a_second_run_begins_without_the_strength_of_the_first(tmp_path):
+    trainer = make_trainer(tmp_path, rows=weighted_rows(), memory_dilution=64.0, memory_dilution_ramp="accuracy")
+    trainer.dilution.restore({"strength": 32.0, "answers": [(1, 2)]})
+    trainer.answers.append(torch.tensor([7, 7]))
+    trainer.train()
+    assert logged(trainer, "memory_dilution") == [1.0, 1.0]
+    assert sum(asked for _, asked in trainer.dilution.answers) == 2 * 8

@@ -37,15 +37,33 @@ def port():
         return str(probe.getsockname()[1])
 
 
+@pytest.mark.parametrize("kind", ["trainer", "stream"])
 @pytest.mark.parametrize("memory", ["fresh", "carry"])
-def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory):
-    alone = run([], "trainer", tmp_path / "one", memory)
-    both = run([*ACCELERATE, "--main_process_port", port()], "trainer", tmp_path / "two", memory)
+def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory, kind):
+    alone = run([], kind, tmp_path / "one", memory)
+    both = run([*ACCELERATE, "--main_process_port", port()], kind, tmp_path / "two", memory)
     assert (alone["wrapper"], both["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
     assert len(alone["losses"]) == 4
     assert both["losses"] == pytest.approx(alone["losses"], abs=1e-4)
     assert both["eval"] == pytest.approx(alone["eval"], abs=1e-4)
     assert both["tokens"] == alone["tokens"]
+    assert both["gates"] == pytest.approx(alone["gates"], abs=1e-5)
+    assert both["closed"] == pytest.approx(alone["closed"], abs=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_deepspeed_follows_the_run_without_it(tmp_path, monkeypatch, kind):
+    """One process: on a CPU transformers knows no other under DeepSpeed."""
+    pytest.importorskip("deepspeed")
+    alone = run([], "trainer", tmp_path / "one", "fresh")
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port()}
+    for name, value in {**place, "DS_ACCELERATOR": "cpu"}.items():
+        monkeypatch.setenv(name, value)
+    zero = run([], kind, tmp_path / "zero", "fresh")
+    assert zero["wrapper"] == "DeepSpeedEngine"
+    for name in ("losses", "gates", "eval", "closed"):
+        assert zero[name] == pytest.approx(alone[name], abs=1e-5), name
+    assert abs(zero["closed"] - zero["eval"]) > 0.01
 
 
 def test_fully_sharded_parameters_follow_the_loss_curve_of_one_process(tmp_path):

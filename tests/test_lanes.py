@@ -253,12 +253,64 @@ def test_every_epoch_is_dealt_anew_and_begins_with_empty_lanes(tmp_path):
 def test_a_stream_in_lane_order_trains_like_the_dataset_it_comes_from(tmp_path):
     rows = tiny_rows(documents=2, parts=3, length=24)
     ordered = list(interleave(iter(rows), 2))
-    stream = lane_stream(Dataset.from_list(rows).to_iterable_dataset(), 2)
-    losses = losses_of(make_trainer(tmp_path, rows=stream, carry_memory=True, max_steps=2))
+    losses = losses_of(make_trainer(tmp_path, rows=lane_stream_of(rows), carry_memory=True, max_steps=2))
     model = tiny_model()
     first = torch.tensor([row["input_ids"] for row in ordered[:2]])
     assert losses[0] == pytest.approx(score(model, first, progress=False).mean().item(), rel=1e-5)
     assert len(losses) == 2
+
+
+def test_a_dataset_in_lane_order_is_left_in_it(tmp_path):
+    rows = list(interleave(iter(tiny_rows()), 2))
+    trainer = make_trainer(tmp_path, rows=rows, carry_memory=True, train_sampling_strategy="sequential", max_steps=3)
+    places = []
+    trainer.add_callback(OnStepEnd(lambda state: places.extend(trainer.lanes.places)))
+    trainer.train()
+    assert places == [(row["document"], row["part"]) for row in rows[:6]]
+    with pytest.raises(
+        ValueError, match=r"row 1 is part 1 of document 0.*unless train_sampling_strategy='sequential'"
+    ):
+        make_trainer(tmp_path, carry_memory=True, train_sampling_strategy="sequential").train()
+
+
+def short_of_memory(model, rows, calls):
+    """`model`, which fails as a full device does at the given call with as many rows."""
+    met = []
+
+    def fail(_, args, kwargs):
+        if kwargs["input_ids"].shape[0] == rows:
+            met.append(1)
+            if len(met) == calls:
+                raise RuntimeError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    model.register_forward_pre_hook(fail, with_kwargs=True)
+    return model
+
+
+def test_lanes_follow_a_batch_size_that_is_found(tmp_path):
+    """The device fills up after some steps, of which the lanes keep nothing."""
+    still = {"learning_rate": 0.0, "memory_gate_learning_rate": 0.0, "carry_memory": True, "max_steps": 4}
+    expected = losses_of(make_trainer(tmp_path, per_device_train_batch_size=1, **still))
+    still |= {"auto_find_batch_size": True, "save_strategy": "steps", "save_steps": 2}
+    # In the second micro-batch, of five segments each.
+    trainer = make_trainer(tmp_path, short_of_memory(tiny_model(), rows=2, calls=14), **still)
+    losses = losses_of(trainer)
+    assert len(losses) == 5
+    assert losses[1:] == expected
+    assert len(trainer.lanes.places) == 1
+    # A resumed run takes the batch size that was found.
+    resumed = make_trainer(tmp_path, **still)
+    assert losses_of(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-2")) == expected[2:]
+    other = make_trainer(tmp_path, **{**still, "auto_find_batch_size": False})
+    with pytest.raises(ValueError, match="carries the memory of 1 lanes, and this run has 2"):
+        other.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for own_order in ({"train_sampling_strategy": "sequential"}, {"rows": lane_stream_of(tiny_rows())}):
+        with pytest.raises(ValueError, match="auto_find_batch_size with carry_memory=True and rows in an order of th"):
+            make_trainer(tmp_path, **still, **own_order)
+
+
+def lane_stream_of(rows, lanes=2):
+    return lane_stream(Dataset.from_list(rows).to_iterable_dataset(), lanes)
 
 
 @pytest.mark.parametrize(

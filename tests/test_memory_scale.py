@@ -1,10 +1,12 @@
 """Scaled writes: `memory_scale` stands for that many repeated writes, in every order of the forward."""
 
+from functools import partial
+
 import pytest
 import torch
 from models import build_patched, random_ids, relative_error
 
-from infini_hf import InfiniCache, memory
+from infini_hf import InfiniCache, generate, memory
 
 L = 8
 
@@ -71,6 +73,13 @@ def test_what_does_not_fit_is_refused(model):
         model(ids, memory_scale=torch.ones(3))
     with pytest.raises(ValueError, match="memory_scale of float"):
         model(ids, memory_scale=2.0)
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match=rf"memory_scale={wrong}: must be a finite number above 0.*leave it out"):
+            model(ids, memory_scale=torch.tensor([[1.0, 2.0], [1.0, wrong]]))
+    # It counts the segments of one call, and generate makes many.
+    for write in (model.generate, partial(generate, model)):
+        with pytest.raises(ValueError, match=r"not used by the model: \['memory_scale'\]"):
+            write(ids, memory_scale=torch.ones(2), max_new_tokens=2)
     delta = build_patched("llama", segment_length=L, memory_update="delta")
     with pytest.raises(ValueError, match="memory_update='linear'"):
         delta(ids, memory_scale=torch.ones(2))

@@ -176,6 +176,22 @@ def test_a_checkpoint_that_was_not_written_to_its_end_is_skipped(checkpoints, un
     assert_same_outcome(trainer, uninterrupted["carry"][0])
 
 
+def test_a_checkpoint_that_is_written_again_is_not_whole_until_it_is_written(checkpoints, monkeypatch):
+    """By a run that starts over in the same folder, and ends while it writes."""
+    folder = checkpoints("fresh", 2, 4)
+    trainer = run_of(folder, False)
+
+    def killed(output_dir):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "_save_optimizer_and_scheduler", killed)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert (folder / "checkpoint-2" / "model.safetensors").exists()
+    assert not is_whole(folder / "checkpoint-2")
+    assert is_whole(folder / "checkpoint-4")
+
+
 def test_a_broken_checkpoint_that_is_named_is_refused(checkpoints):
     folder = checkpoints("fresh", 4)
     remove_state(folder / "checkpoint-4")

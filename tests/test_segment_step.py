@@ -14,6 +14,7 @@ from transformers.trainer_pt_utils import LabelSmoother
 
 from infini_hf import InfiniCache, score, segment_step
 from infini_hf.segment_step import (
+    StepObserver,
     StepOptions,
     cut_segments,
     score_segments,
@@ -65,12 +66,12 @@ def layer_major(model, batch):
     return loss.detach(), gradients_of(model)
 
 
-def segment_major(model, batch, trim=True, cache=None, wrapper=None, filling=0, **options):
+def segment_major(model, batch, trim=True, cache=None, **options):
     """Loss and gradients of the same rows, segment after segment."""
     model.zero_grad()
     cache = InfiniCache(model.config) if cache is None else cache
     segments, options = batch.segments(trim=trim), StepOptions(**options)
-    loss, _ = segment_major_loss(model, segments, cache, batch.num_items, options, wrapper, filling=filling)
+    loss, _ = segment_major_loss(model, segments, cache, batch.num_items, options)
     loss.backward()
     return loss.detach(), gradients_of(model)
 
@@ -161,7 +162,7 @@ def test_offloading_takes_the_states_of_all_segments_but_the_last_and_lets_them_
 
     monkeypatch.setattr(segment_step, "save_on_cpu", Spy)
     segments, cache, options = batch.segments(), InfiniCache(model.config), StepOptions(offload=True)
-    loss, after = segment_major_loss(model, segments, cache, batch.num_items, options, watch=watch)
+    loss, after = segment_major_loss(model, segments, cache, batch.num_items, options, StepObserver(watch))
     # The first segment has nothing to continue; one state is like another, once the windows are full.
     assert 3 * after.state_bytes() < sum(taken) <= 4 * after.state_bytes()
     alive = [sum(reference() is not None for reference in references) for references in states]

@@ -3,11 +3,13 @@
 import dataclasses
 import json
 import logging
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 from datasets import Dataset
-from models import FAMILIES, build, random_ids
+from models import FAMILIES, build, gate_parameters, random_ids
 from peft import LoraConfig, get_peft_model
 from reading import assert_close, read_whole
 from training import (
@@ -28,6 +30,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, defa
 from infini_hf import InfiniTrainingArguments, score
 from infini_hf.callbacks import MemoryGateCallback, gate_values
 from infini_hf.data.collator import InfiniCollator
+from infini_hf.evaluation.controls import closed_memory
 
 # Gradients as the optimizer would see them without clipping.
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0}
@@ -232,6 +235,61 @@ def test_the_gradient_that_reaches_the_writes_is_logged(tmp_path):
     often.train()
     seldom.train()
     assert all(logged(seldom, name) == logged(often, name)[1::2] for name in names)
+
+
+def test_the_gradient_that_reaches_the_writes_is_that_of_the_whole_step(tmp_path):
+    """Of four rows of unequal length, the last of them too short to write what is read again."""
+    found = []
+    for size in (4, 1):
+        trainer = make_trainer(
+            tmp_path,
+            tiny_model(**CARRY),
+            [*uneven_rows()[:3], *equal_rows(1, 7)],
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=4 // size,
+            **ONE_STEP,
+        )
+        trainer.train()
+        found.append([logged(trainer, f"memory_gate/layer_{layer}/write_gradient")[0] for layer in range(2)])
+    assert min(found[0]) > 0
+    assert found[1] == pytest.approx(found[0], rel=1e-5)
+
+
+class Partitioned:
+    """Stands in for the gathering of ZeRO-3: parameters that are empty outside of it, and forget what others wrote."""
+
+    def __init__(self, parameters, modifier_rank=None):
+        self.parameters, self.writes = parameters, modifier_rank == 0
+
+    @classmethod
+    def divide(cls, parameters):
+        for parameter in parameters:
+            parameter.ds_id, parameter.ds_tensor = 0, parameter.data
+            parameter.data = torch.empty(0)
+
+    def __enter__(self):
+        for parameter in self.parameters:
+            parameter.data = parameter.ds_tensor.clone()
+
+    def __exit__(self, *_):
+        for parameter in self.parameters:
+            parameter.ds_tensor = parameter.data if self.writes else parameter.ds_tensor
+            parameter.data = torch.empty(0)
+
+
+def test_gates_of_which_a_rank_holds_a_part_are_gathered(monkeypatch):
+    model = tiny_model()
+    expected, biases = gate_values(model), list(gate_parameters(model).values())
+    monkeypatch.setitem(
+        sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Partitioned))
+    )
+    Partitioned.divide(biases)
+    assert_equal_tensors(gate_values(model), expected)
+    with closed_memory(model):
+        assert all((values == 0).all() for values in gate_values(model).values())
+        assert all(bias.numel() == 0 for bias in biases)
+    assert_equal_tensors(gate_values(model), expected)
+    assert MemoryGateCallback().metrics(model)["memory_gate/layer_1/mean"] == pytest.approx(expected[1].mean().item())
 
 
 @pytest.mark.parametrize(

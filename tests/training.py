@@ -72,7 +72,8 @@ def make_trainer(folder, model=None, rows=None, kind=InfiniTrainer, parts=None, 
         "report_to": [],
         "use_cpu": True,
         "disable_tqdm": True,
-        "train_sampling_strategy": "sequential",
+        # A sequential dataset is left in its own order, which is seldom that of the lanes.
+        "train_sampling_strategy": "random" if arguments.get("carry_memory") else "sequential",
     }
     if kind is Trainer:
         args = TrainingArguments(str(folder), **{**stock, **arguments})

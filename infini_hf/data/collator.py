@@ -30,7 +30,8 @@ class InfiniCollator:
     Returns, when called with a list of rows:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` (-100 at padding) and `attention_mask` (0 at padding), each
         `(batch, seq_len)` int64; when every row has them, `loss_weights` `(batch, seq_len)` float32 (0 at padding),
-        `document` and `part`, `(batch,)` int64. Other columns are left out.
+        `document` and `part`, `(batch,)` int64; when a row has it, `dilute`, `(batch,)` bool: whether memory dilution
+        may scale the row's writes. Other columns are left out.
 
     Raises:
         ValueError: when the tokenizer has neither token, a row has no `input_ids` or no `labels`, is empty, or its
@@ -61,6 +62,8 @@ class InfiniCollator:
         if any(WEIGHTS in row for row in rows):
             rows = [{WEIGHTS: torch.ones(len(row["input_ids"])), **row} for row in rows]
             batch[WEIGHTS] = self.padded(rows, WEIGHTS, 0.0)
+        if any("dilute" in row for row in rows):
+            batch["dilute"] = torch.tensor([bool(row.get("dilute", True)) for row in rows])
         for name in ("document", "part"):
             if all(name in row for row in rows):
                 batch[name] = torch.tensor([int(row[name]) for row in rows])

@@ -1,0 +1,69 @@
+"""What `InfiniTrainer` refuses before it begins, each by name and with a way out."""
+
+from transformers.trainer_utils import has_length
+
+from .cache import infini_config_of
+
+
+def refuse_what_cannot_work(trainer):
+    """Raise for what cannot be trained segment after segment.
+
+    Args:
+        trainer ([`InfiniTrainer`]): made, and not begun.
+
+    Raises:
+        ValueError: when options exclude each other.
+        NotImplementedError: for ways of dividing the work that know nothing of segments.
+    """
+    refuse_launch(trainer)
+    refuse_options(trainer)
+
+
+def refuse_launch(trainer):
+    """Raise for ways of dividing the work over devices."""
+    if trainer.args.n_gpu > 1:
+        raise NotImplementedError(
+            f"{trainer.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
+            "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+        )
+    if trainer.get_cp_size() > 1 or trainer.get_sp_size() > 1:
+        raise NotImplementedError("context or sequence parallelism of accelerate splits rows: use data parallelism")
+    plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
+    if plugin is not None and plugin.fsdp_version == 1:
+        raise NotImplementedError(
+            "FSDP1 allows one forward for one backward, and a step reads many segments: set fsdp_version: 2"
+        )
+    if plugin is not None and plugin.activation_checkpointing:
+        raise ValueError(
+            "FSDP activation_checkpointing would write every segment twice: turn it off, InfiniTrainer recomputes "
+            "whole segments (recompute_segments=True)"
+        )
+
+
+def refuse_options(trainer):
+    """Raise for options that exclude each other, or that the model has no use for."""
+    args, data = trainer.args, trainer.train_dataset
+    rule = infini_config_of(trainer.lanes.config).memory_update
+    if args.memory_dilution > 1 and rule != "linear":
+        raise ValueError(
+            f"memory_dilution={args.memory_dilution} with memory_update={rule!r}: a scaled write equals repeated ones "
+            "under the linear rule alone; patch with memory_update='linear', or leave memory_dilution at 1"
+        )
+    in_order = args.train_sampling_strategy == "sequential" or (data is not None and not has_length(data))
+    if args.carry_memory and args.auto_find_batch_size and in_order:
+        raise ValueError(
+            "auto_find_batch_size with carry_memory=True and rows in an order of their own: that order is made for "
+            f"per_device_train_batch_size={args.per_device_train_batch_size}, which could change; leave one out"
+        )
+    if trainer.distillation is None:
+        if args.distillation_weight is not None:
+            raise ValueError(
+                f"distillation_weight={args.distillation_weight} without a teacher: pass InfiniTrainer(teacher=...)"
+            )
+        return
+    if args.carry_memory:
+        raise ValueError(
+            "carry_memory=True with a teacher: the teacher sees a row alone, and would teach to forget what the "
+            "memory brings from the rows before; use rows as long as the teacher can read, or leave one of them out"
+        )
+    trainer.distillation.check_student(trainer.lanes.config)
