@@ -12,6 +12,8 @@ from .evaluation.controls import closed_memory
 from .streaming import require_patched
 from .version import __version__
 
+CARD, RESULTS = "README.md", "results.json"
+
 # Options that say nothing about a run, or that every run gets from the machine or from the others.
 SILENT = set("output_dir run_name report_to hub_token disable_tqdm use_cpu dataloader_pin_memory debug".split())
 SILENT |= {"accelerator_config", "activation_checkpointing", "gradient_checkpointing", "include_for_metrics"}
@@ -34,7 +36,7 @@ def evaluate_with_control(trainer):
     }
 
 
-def write_model_card(trainer, folder, base, data, command, results):
+def write_model_card(trainer, folder, base, data, command, results, steps_before=0):
     """Write `README.md` and `results.json` into the folder of a trained model.
 
     Every process has to call this, for the gates of a sharded model are gathered; the first one writes.
@@ -46,24 +48,28 @@ def write_model_card(trainer, folder, base, data, command, results):
         data (`str`): what it was trained on.
         command (`str`): the command that does it again.
         results (`dict`): as from [`evaluate_with_control`].
+        steps_before (`int`, *optional*, defaults to `0`): steps of an earlier run that this one went on from, and
+            whose command and options are not told.
 
     Returns:
         `Path`: the card.
     """
-    path = Path(folder) / "README.md"
+    path = Path(folder) / CARD
     gates = gate_lines(trainer.model)
     if trainer.is_world_process_zero():
         path.parent.mkdir(parents=True, exist_ok=True)
-        (path.parent / "results.json").write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
-        lines = card_lines(trainer, base, data, command, [*result_lines(results), "", "## Gates", "", *gates])
+        (path.parent / RESULTS).write_text(json.dumps(results, indent=2) + "\n", encoding="utf-8")
+        findings = [*result_lines(results), "", "## Gates", "", *gates]
+        lines = card_lines(trainer, base, data, command, steps_before, findings)
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
 
 
-def card_lines(trainer, base, data, command, findings):
+def card_lines(trainer, base, data, command, steps_before, findings):
     """The lines of a card, of which the last are `findings`."""
     inner = require_patched(trainer.model)
     patch = infini_config_of(inner.config).to_dict()
+    earlier = f", the first {steps_before} of them before this command went on with these options"
     kind = "LoRA adapters and gates" if inner is not trainer.model else "all weights"
     return [
         "---",
@@ -83,7 +89,7 @@ def card_lines(trainer, base, data, command, findings):
         "",
         f"- data: {data}",
         f"- command: `{command}`",
-        f"- steps: {trainer.state.global_step} of {trainer.state.max_steps}",
+        f"- steps: {trainer.state.global_step} of {trainer.state.max_steps}{earlier if steps_before else ''}",
         *(f"- `{name}`: {value}" for name, value in changed_options(trainer.args).items()),
         "",
         "## Evaluation",

@@ -11,6 +11,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from infini_hf.cli.errors import run_script
 from infini_hf.data.base_rows import read_texts
 from infini_hf.evaluation.recall import context_recall, wilson_interval
 
@@ -155,4 +156,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,11 +1,14 @@
 """Fine-tune a patched model to summarise long texts (BookSum), with LoRA or all weights.
 
-    python scripts/finetune_booksum.py --config configs/lora/tiny_cpu.yaml --source PAIRS_FOLDER
+    python scripts/finetune_booksum.py --config configs/lora/tiny_cpu.yaml --source PAIRS
     accelerate launch --config_file configs/accelerate/ddp.yaml \\
         scripts/finetune_booksum.py --config configs/lora/llama_3.2_1b.yaml
 
-With `lora_r` the result in `OUTPUT_DIR/final` is an adapter that knows its patch (infini_hf.lora.load_adapter),
-without it a whole checkpoint. Then: scripts/summarize.py, and scripts/evaluate.py for the ROUGE table.
+PAIRS stands for a folder of your own with train.jsonl, validation.jsonl and test.jsonl, an object a line with the
+fields text and summary; a dataset of the hub takes its place. A run resumes from the last whole checkpoint in its
+`output_dir`. With `lora_r` the result in `OUTPUT_DIR/final` is an adapter that knows its patch
+(infini_hf.lora.load_adapter), without it a whole checkpoint. Then: scripts/summarize.py, and scripts/evaluate.py for
+the ROUGE table.
 """
 
 from dataclasses import dataclass, field
@@ -14,6 +17,8 @@ from transformers import set_seed
 
 from infini_hf import InfiniTrainingArguments
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.errors import run_script
+from infini_hf.cli.names import find_source
 from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum, summarization_rows
@@ -34,7 +39,7 @@ class PairArguments:
     prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "words around the text, with {text} in its place"})
 
     def rows(self, tokenizer, split, limit):
-        pairs = load_booksum(self.source, split, self.level, limit=limit, drop_empty=True)
+        pairs = load_booksum(find_source(self.source, "source"), split, self.level, limit=limit, drop_empty=True)
         return summarization_rows(pairs, tokenizer, self.prompt, self.max_text_tokens, self.max_summary_tokens)
 
 
@@ -53,4 +58,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

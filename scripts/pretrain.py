@@ -4,8 +4,9 @@
     accelerate launch --config_file configs/accelerate/ddp.yaml \\
         scripts/pretrain.py --config configs/pretrain/llama_3.2_1b.yaml
 
-A run resumes from the last whole checkpoint in its `output_dir`. It leaves the model, its tokenizer and a model card
-with the closed memory as control in `OUTPUT_DIR/final`.
+NOVELS stands for a folder of your own with the folders `train` and `validation`, and long texts in them, one `.txt`
+file each. A run resumes from the last whole checkpoint in its `output_dir`. It leaves the model, its tokenizer and a
+model card with the closed memory as control in `OUTPUT_DIR/final`.
 """
 
 from transformers import set_seed
@@ -13,6 +14,7 @@ from transformers import set_seed
 from infini_hf import InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.errors import run_script
 from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import DocumentArguments, ModelArguments, command_line
 
@@ -36,4 +38,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

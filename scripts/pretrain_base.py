@@ -17,6 +17,7 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, 
 from transformers.trainer_utils import get_last_checkpoint
 
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.errors import run_script
 from infini_hf.data.base_rows import BaseRows, read_texts, train_tokenizer
 
 
@@ -84,4 +85,4 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -1,14 +1,13 @@
 """Summarise texts of any length by streaming them through a patched model; writes one JSON line for each.
 
-    python scripts/summarize.py --config configs/eval/booksum_tiny_cpu.yaml --source PAIRS_FOLDER --output said.jsonl
+    python scripts/summarize.py --config configs/eval/booksum_tiny_cpu.yaml --source PAIRS --output said.jsonl
     python scripts/summarize.py --model MODEL --adapter ADAPTER_FOLDER --text_file book.txt --output said.jsonl
 
-The decoding settings are the paper's by default: temperature 0.5, top-p 0.95, at most 1,024 tokens. `--closed` closes
-the memory, which is the control, and needs an output file of its own. Texts that the file already has are not read
-again.
+PAIRS is the folder that scripts/finetune_booksum.py takes. The decoding settings are the paper's by default:
+temperature 0.5, top-p 0.95, at most 1,024 tokens. `--closed` closes the memory, which is the control. Texts that the
+output file already has are not read again; a run with other weights, texts or settings needs a file of its own.
 """
 
-import json
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,17 +17,23 @@ from tqdm.auto import tqdm
 from transformers import set_seed
 
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.common import read_text
+from infini_hf.cli.errors import run_script
+from infini_hf.cli.names import find_source
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum
 from infini_hf.evaluation.controls import closed_memory
 from infini_hf.evaluation.summaries import PAPER_DECODING, summarize
+from infini_hf.evaluation.summary_file import SummaryFile
+from infini_hf.snapshot import digest_text, fingerprint
+from infini_hf.streaming import require_patched
 
 
 @dataclass
 class SummaryArguments:
     """What is summarised, and how."""
 
-    output: str = field(metadata={"help": "JSONL file: id, summary, reference, reader"})
+    output: str = field(metadata={"help": "JSONL file: id, summary, reference, digest of text and reference, reader"})
     source: str | None = field(default=None, metadata={"help": "pairs as for finetune_booksum.py"})
     text_file: str | None = field(default=None, metadata={"help": "one text file instead of pairs"})
     split: str = field(default="test", metadata={"help": "split of source"})
@@ -53,9 +58,10 @@ class SummaryArguments:
         if (self.source is None) == (self.text_file is None):
             raise ValueError("give source (pairs) or text_file (one text), and not both")
         if self.text_file is not None:
-            yield self.text_file, Path(self.text_file).read_text(encoding="utf-8"), ""
+            yield self.text_file, read_text(Path(self.text_file)), ""
             return
-        for pair in load_booksum(self.source, self.split, self.level, limit=self.limit, drop_empty=True):
+        source = find_source(self.source, "source")
+        for pair in load_booksum(source, self.split, self.level, limit=self.limit, drop_empty=True):
             yield pair["id"], pair["text"], pair["summary"]
 
     def decoding(self):
@@ -64,43 +70,36 @@ class SummaryArguments:
         options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
         return {**options, "max_new_tokens": self.max_new_tokens}
 
-
-def finished(output, reader):
-    """Ids of the texts that a file has summaries of, by the same reader.
-
-    Raises:
-        ValueError: when a line is broken, or by another reader: its summaries would pass for those of this one.
-    """
-    lines = output.read_text(encoding="utf-8").splitlines() if output.is_file() else []
-    ids = set()
-    for number, line in enumerate(lines, 1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{output}: line {number} was not written to its end ({error}): remove it") from error
-        if row.get("reader") != reader:
-            raise ValueError(f"{output}: line {number} is by {row.get('reader')}, not {reader}: name another output")
-        ids.add(row["id"])
-    return ids
+    def reader(self, model):
+        """Everything beside the text that a summary depends on, the weights apart."""
+        source = {"source": self.source, "split": self.split if self.source else None, "level": self.level}
+        asked = {"prompt": self.prompt, "max_text_tokens": self.max_text_tokens, "seed": self.seed}
+        return {"model": model, "adapter": self.adapter, "closed": self.closed, **source, **asked, **self.decoding()}
 
 
 def main(argv=None):
     model_args, args = parse_arguments((ModelArguments, SummaryArguments), __doc__, argv)
-    output = Path(args.output)
-    reader = {"model": model_args.model, "adapter": args.adapter, "closed": args.closed}
-    done = finished(output, reader)
-    texts = [text for text in args.texts() if text[0] not in done]
+    # What can be refused without the model is.
+    file = SummaryFile(args.output, args.reader(model_args.model))
+    texts = list(args.texts())
+    waiting = file.missing(texts)
+    there = len(texts) - len(waiting)
     model, tokenizer = model_args.load(args.adapter)
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with closed_memory(model) if args.closed else nullcontext(), output.open("a", encoding="utf-8") as file:
-        for name, text, reference in tqdm(texts, desc="summaries"):
-            set_seed(args.seed)
-            said = summarize(model, tokenizer, text, args.prompt, args.max_text_tokens, **args.decoding())
-            row = {"id": name, "summary": said, "reference": reference, "reader": reader}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
-            file.flush()
+    # A model or adapter that was trained again has its old name.
+    file.require(weights=digest_text(fingerprint(require_patched(model).get_decoder())))
+    print(f"{file.path}: {there} of {len(texts)} summaries already there")
+    try:
+        with closed_memory(model) if args.closed else nullcontext():
+            for name, text, reference in tqdm(waiting, desc="summaries"):
+                set_seed(args.seed)
+                said = summarize(model, tokenizer, text, args.prompt, args.max_text_tokens, **args.decoding())
+                file.add(name, text, reference, said)
+    except KeyboardInterrupt:
+        done = f"{len(texts) - len(file.missing(texts))} of {len(texts)} summaries are in {file.path}"
+        raise KeyboardInterrupt(f"stopped: {done}; the same command goes on from there") from None
+    print(f"{file.path}: {len(waiting)} summaries written, {len(texts)} in all")
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -18,6 +18,16 @@ def pytest_sessionstart(session):
     torch.set_num_threads(1)
 
 
+@pytest.fixture(scope="session")
+def tokenizer():
+    """The tokenizer of the shipped checkpoint; a module that needs another one has a fixture of its own."""
+    from transformers import AutoTokenizer
+
+    from infini_hf.assets import resolve
+
+    return AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

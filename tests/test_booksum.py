@@ -130,12 +130,27 @@ def test_summaries_are_read_in_every_form_they_come_in(tmp_path, streaming, row,
     assert [tuple(pair.values()) for pair in load_booksum(source, streaming=streaming)] == [expected]
 
 
-def test_pairs_without_text_or_summary_can_be_dropped(tmp_path, streaming):
+def test_pairs_without_text_or_summary_are_dropped_and_counted(tmp_path, streaming, caplog):
     rows = [{**BOOKS[0], "text": " "}, BOOKS[1], {**BOOKS[1], "summary": [{"source": "x", "text": "\n"}]}]
     source = write_lines(tmp_path / "books.jsonl", rows)
     assert len(list(load_booksum(source, streaming=streaming))) == 4
+    assert not caplog.records
     assert list(load_booksum(source, streaming=streaming, drop_empty=True)) == BOOK_PAIRS[2:]
+    counted = f"source='{source}', split='train': left out 3 of 4 pairs, 2 without a text and 1 without a summary"
+    told = "pair '1:The House:sparknotes' is left out: it has no text; others may be, and are not told"
+    assert [record.getMessage() for record in caplog.records] == [told if streaming else counted]
     assert list(load_booksum(source, streaming=streaming, drop_empty=True, limit=1)) == BOOK_PAIRS[2:]
+
+
+def test_a_split_without_a_whole_pair_is_refused(tmp_path):
+    source = write_lines(tmp_path / "books.jsonl", [{**BOOKS[1], "summary": None}])
+    with pytest.raises(ValueError, match=r"of its 1 pairs 0 without a text and 1 without a summary, and none is left"):
+        load_booksum(source, drop_empty=True)
+
+
+def test_nothing_is_said_when_every_pair_is_whole(tmp_path, streaming, caplog):
+    assert list(load_booksum(write_lines(tmp_path / "books.jsonl", BOOKS), streaming=streaming, drop_empty=True))
+    assert not caplog.records
 
 
 def test_the_hub_is_asked_for_the_configuration_that_holds_the_level(monkeypatch):

@@ -8,7 +8,8 @@ import torch
 from datasets import Dataset
 from models import gate_parameters
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers import AutoModelForCausalLM, set_seed, tokenization_utils_base
+from transformers.generation import stopping_criteria
 
 from infini_hf import InfiniConfig, patch_model
 from infini_hf.assets import resolve
@@ -98,11 +99,6 @@ def test_without_the_package_its_name_is_told(monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(resolve("tiny-llama"))
-
-
-@pytest.fixture(scope="module")
 def model():
     stock = AutoModelForCausalLM.from_pretrained(resolve("tiny-llama"), dtype=torch.float32).eval()
     model = patch_model(stock, InfiniConfig(SEGMENT, overlap=8, feature_map="exp"))
@@ -161,10 +157,24 @@ def test_the_tokens_are_those_before_the_summary_in_a_training_row(model, tokeni
     row = summarization_rows(pairs, tokenizer, max_text_tokens=150)[0]
     prefix = [token for token, label in zip(row["input_ids"], row["labels"], strict=True) if label == -100]
     given = []
+    monkeypatch.setattr(summaries, "prefill", lambda model, ids: given.append(ids))
     monkeypatch.setattr(summaries, "generate", lambda model, ids, **options: given.append(ids) or ids)
     assert summarize(model, tokenizer, TEXT, max_text_tokens=150) == ""
-    assert given[0].tolist() == [prefix]
+    assert torch.cat(given, dim=1).tolist() == [prefix]
     assert row["input_ids"][: len(prefix)] == prefix
+
+
+def test_a_text_beyond_the_positions_of_the_model_is_summarised_without_a_warning(model, tokenizer, monkeypatch):
+    """What one may be told once in a process is counted here, so that no earlier test has used it up."""
+    warned = []
+    for logger in (stopping_criteria.logger, tokenization_utils_base.logger):
+        for name in ("warning", "warning_once"):
+            monkeypatch.setattr(logger, name, lambda message, *args, **options: warned.append(message))
+    assert len(summarization_prompt(TEXT * 3, tokenizer)) > model.config.max_position_embeddings
+    summarize(model, tokenizer, TEXT * 3, max_new_tokens=3)
+    assert not warned
+    by_hand(model, tokenizer, summarization_prompt(TEXT * 3, tokenizer), max_new_tokens=3)
+    assert warned
 
 
 def test_an_adapted_model_summarises_like_the_merged_one(tokenizer):

@@ -13,13 +13,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from training import assert_equal_tensors, weights_of
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, patch_model, score
+from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, InfiniTrainer, patch_model, score
 from infini_hf.assets import resolve
 from infini_hf.callbacks import gate_values
+from infini_hf.cli import run_training
 from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line
+from infini_hf.data.booksum import DEFAULT_PROMPT
 from infini_hf.data.documents import load_documents
 from infini_hf.data.packing import pack_documents
 from infini_hf.evaluation.rouge import rouge_scores
@@ -202,12 +205,76 @@ def test_a_run_that_was_interrupted_goes_on_from_the_last_whole_checkpoint(pretr
     assert_equal_tensors(weights_of(after), weights_of(before))
 
 
-def test_a_finished_run_trains_no_further(pretrained, data, tmp_path):
+@pytest.mark.parametrize("steps", [["--max_steps", 2], ["--max_steps", -1, "--num_train_epochs", 0.1]])
+def test_a_finished_run_trains_no_further_and_keeps_its_card(pretrained, data, tmp_path, capsys, steps):
     output, results = pretrained
     shutil.copytree(output, tmp_path / "run")
-    again = pretrain(data, tmp_path / "run")
-    for name in results:
-        assert again[name]["loss"] == results[name]["loss"]
+    final = tmp_path / "run" / "final"
+    before = {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in final.iterdir()}
+    again = pretrain(data, tmp_path / "run", "--learning_rate", 0.5, "--weight_decay", 0.1, *steps)
+    assert again == results
+    assert {file: (file.stat().st_mtime_ns, file.read_bytes()) for file in final.iterdir()} == before
+    told = capsys.readouterr().out
+    # Where the number of steps is given, nothing is loaded into the trainer first.
+    assert ("resumed from" in told) == ("-1" in map(str, steps))
+    place = re.escape(str(tmp_path / "run"))
+    assert re.search(
+        rf"already complete: 2 of [12] steps in {place}; give another output_dir, or more max_steps", told
+    )
+
+
+def test_a_run_that_goes_on_says_so_on_its_card(pretrained, data, tmp_path, capsys):
+    output, results = pretrained
+    shutil.copytree(output, tmp_path / "run")
+    again = pretrain(data, tmp_path / "run", "--max_steps", 3, "--weight_decay", 0.1)
+    told, bars = capsys.readouterr()
+    card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    assert "- steps: 3 of 3, the first 2 of them before this command went on with these options" in card
+    assert "- `weight_decay`: 0.1" in card
+    assert again["with memory"]["loss"] != results["with memory"]["loss"]
+    assert f"resumed from {tmp_path / 'run' / 'checkpoint-2'}, after 2 steps" in told
+    # The end of the run in four lines, and what each bar counts.
+    assert re.search(r"^trained     3 of 3 steps, 2 of them before, \d+ s$", told, re.MULTILINE)
+    losses = ", ".join(f"{again[name]['loss']:.4f} {name}" for name in ("with memory", "memory closed"))
+    assert f"evaluation  loss {losses} ({again['with memory']['tokens']:,} tokens)" in told
+    assert f"model       {tmp_path / 'run' / 'final'}\ncard        {tmp_path / 'run' / 'final' / 'README.md'}" in told
+    assert "training: " in bars
+    assert "evaluation: " in bars
+
+
+def test_a_run_that_was_stopped_before_its_card_is_described_when_it_is_started_again(
+    pretrained, data, tmp_path, monkeypatch
+):
+    output, results = pretrained
+    shutil.copytree(output, tmp_path / "run")
+
+    def stop(trainer):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_training, "evaluate_with_control", stop)
+        message = r"stopped after 3 of 3 steps: the same command goes on from .*checkpoint-3"
+        with pytest.raises(KeyboardInterrupt, match=message):
+            pretrain(data, tmp_path / "run", "--max_steps", 3)
+    # The card of the first two steps does not pass for that of all three.
+    assert pretrain(data, tmp_path / "run", "--max_steps", 3) != results
+    card = (tmp_path / "run" / "final" / "README.md").read_text(encoding="utf-8")
+    assert "- steps: 3 of 3, the first 3 of them before" in card
+
+
+def test_a_run_stopped_before_its_first_checkpoint_says_that_it_begins_again(data, tmp_path, monkeypatch):
+    def stop(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(InfiniTrainer, "training_step", stop)
+    with pytest.raises(KeyboardInterrupt, match="after 0 of 2 steps, before the first checkpoint"):
+        pretrain(data, tmp_path / "run")
+
+
+def test_fewer_documents_than_carried_memories_are_refused_before_training(data, tmp_path):
+    message = r"train_source='.*': 3 documents, and carry_memory reads 4 at once.*per_device_train_batch_size 3"
+    with pytest.raises(ValueError, match=message):
+        pretrain(data, tmp_path / "run", "--per_device_train_batch_size", 4)
 
 
 def test_without_evaluation_data_the_card_says_so(data, tmp_path):
@@ -264,19 +331,29 @@ def test_four_bits_without_lora_are_refused():
 # Summaries.
 
 
-def test_summaries_are_written_one_line_a_text_and_not_twice(adapted, data, tmp_path, monkeypatch):
+def test_summaries_are_written_one_line_a_text_and_not_twice(adapted, data, tmp_path, monkeypatch, capsys):
     output, adapter = tmp_path / "memory.jsonl", adapted[0] / "final"
     rows = summarize(data, output, "--adapter", adapter)
+    first = output.read_text(encoding="utf-8").splitlines()[0]
     assert [row["id"] for row in rows] == ["0:Book 0", "1:Book 1"]
     assert [row["reference"] for row in rows] == [prose(12, 50), prose(12, 51)]
     assert all(row["summary"] for row in rows)
-    assert all(row["reader"] == {"model": "tiny-llama", "adapter": str(adapter), "closed": False} for row in rows)
-    output.write_text(json.dumps(rows[0]) + "\n", encoding="utf-8")
+    reader = {"model": "tiny-llama", "adapter": str(adapter), "closed": False, "source": str(data / "pairs")}
+    reader |= {"split": "test", "level": None, "prompt": DEFAULT_PROMPT, "max_text_tokens": None, "seed": 0}
+    reader |= {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "max_new_tokens": 6}
+    for row in rows:
+        assert len(row["reader"].pop("weights")) == 16
+        assert row["reader"] == reader
+    assert "0 of 2 summaries already there" in capsys.readouterr().out
+    output.write_text(first + "\n", encoding="utf-8")
     said = []
     monkeypatch.setattr(script("summarize"), "summarize", lambda *args, **options: said.append(args[2]) or "again")
     again = summarize(data, output, "--adapter", adapter)
     assert said == [prose(400, 1)]
     assert [row["summary"] for row in again] == [rows[0]["summary"], "again"]
+    told = capsys.readouterr().out
+    assert f"{output}: 1 of 2 summaries already there" in told
+    assert f"{output}: 1 summaries written, 2 in all" in told
 
 
 def test_a_resumed_file_holds_what_an_uninterrupted_one_does(adapted, data, tmp_path):
@@ -313,12 +390,65 @@ def test_a_file_of_another_reader_is_refused(data, tmp_path, monkeypatch):
     monkeypatch.setattr(script("summarize"), "summarize", lambda *args, **options: "said")
     output = tmp_path / "said.jsonl"
     summarize(data, output)
-    with pytest.raises(ValueError, match="name another output"):
-        summarize(data, output, "--closed")
+    shutil.copytree(data / "pairs", tmp_path / "pairs")
+    for option, value, said in (
+        ("closed", True, "closed False there and True here"),
+        ("source", tmp_path / "pairs", r"source '.*' there and '.*' here"),
+        ("split", "validation", "split 'test' there"),
+        ("temperature", 0, r"do_sample True there and False here"),
+        ("temperature", 0.7, r"temperature 0\.5 there and 0\.7 here"),
+        ("max_new_tokens", 7, "max_new_tokens 6 there and 7 here"),
+        ("max_text_tokens", 100, "max_text_tokens None there and 100 here"),
+        ("prompt", "{text}", "prompt 'Read"),
+        ("seed", 1, "seed 0 there and 1 here"),
+        ("segment_length", 64, "weights '"),
+    ):
+        with pytest.raises(ValueError, match=rf"line 1 is by another reader \(.*{said}.*\): name another output"):
+            summarize(data, output, f"--{option}", value)
     with output.open("a", encoding="utf-8") as file:
         file.write('{"id": "2:Bo')
     with pytest.raises(ValueError, match="line 3 was not written to its end"):
         summarize(data, output)
+
+
+def test_summaries_of_an_adapter_that_was_trained_again_or_of_another_text_are_refused(
+    adapted, data, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(script("summarize"), "summarize", lambda *args, **options: "said")
+    output, adapter, pairs = tmp_path / "said.jsonl", tmp_path / "adapter", tmp_path / "pairs"
+    shutil.copytree(adapted[0] / "final", adapter)
+    shutil.copytree(data / "pairs", pairs)
+    given = ["--adapter", adapter, "--source", pairs]
+    summarize(data, output, *given)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    before = {name: weight.clone() for name, weight in weights.items()}
+    gate = next(name for name in weights if "memory_gate" in name)
+    weights[gate] += 0.1
+    save_file(weights, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"weights '\w+' there and '\w+' here"):
+        summarize(data, output, *given)
+    save_file(before, adapter / "adapter_model.safetensors")
+    assert len(summarize(data, output, *given)) == 2
+    test = pairs / "test.jsonl"
+    test.write_text(test.read_text(encoding="utf-8").replace(prose(12, 51), "Another summary."), encoding="utf-8")
+    with pytest.raises(ValueError, match="its summary of '1:Book 1' is of another text, or has another reference"):
+        summarize(data, output, *given)
+
+
+def test_an_interrupted_file_of_summaries_says_how_far_it_is(data, tmp_path, monkeypatch):
+    texts = []
+
+    def interrupted(*args, **options):
+        texts.append(args[2])
+        if len(texts) == 2:
+            raise KeyboardInterrupt
+        return "said"
+
+    monkeypatch.setattr(script("summarize"), "summarize", interrupted)
+    with pytest.raises(KeyboardInterrupt, match=r"stopped: 1 of 2 summaries are in .*said\.jsonl; the same command"):
+        summarize(data, tmp_path / "said.jsonl")
+    assert len(summarize(data, tmp_path / "said.jsonl")) == 2
+    assert len(texts) == 3
 
 
 def test_one_text_file_can_be_summarised(data, tmp_path):
@@ -329,6 +459,8 @@ def test_one_text_file_can_be_summarised(data, tmp_path):
     for wrong in ([], ["--source", "pairs", "--text_file", text]):
         with pytest.raises(ValueError, match=r"source .* or text_file"):
             run("summarize", None, "--output", tmp_path / "none.jsonl", *options, *wrong)
+    with pytest.raises(ValueError, match=r"text .*/0\.tx: there is no such file \(did you mean .*/0\.txt\?\)"):
+        run("summarize", None, "--text_file", text.with_suffix(".tx"), "--output", tmp_path / "none.jsonl", *options)
 
 
 def test_an_adapter_is_loaded_as_the_model_arguments_say(adapted):
@@ -356,30 +488,32 @@ def test_the_perplexity_table_holds_the_means_of_score(pretrained, data, tmp_pat
     ids = validation_ids(data)
     total = ids.shape[1] - 1
     edges = numbers["edges"]
-    assert edges == [0, 64, 128, 256, 300, 512, total]
+    assert edges == [0, 64, 128, 256, 512, total]
     spans = list(pairwise(edges))
     assert numbers["tokens"] == [stop - start for start, stop in spans]
     model = AutoInfiniModelForCausalLM.from_pretrained(folder).eval()
     opened = score(model, ids)[0]
     stock = AutoModelForCausalLM.from_pretrained(folder).eval()
     fresh = score(patch_model(AutoModelForCausalLM.from_pretrained(folder).eval(), PATCH), ids)[0]
-    with torch.no_grad():
-        logits = stock(ids[:, :300]).logits[0]
-    full = torch.nn.functional.cross_entropy(logits, ids[0, 1:301], reduction="none")
-    for name, losses, reached in (("memory", opened, 6), ("memory closed", fresh, 6), ("full attention", full, 4)):
-        expected = [losses[start:stop].mean().item() for start, stop in spans[:reached]]
-        assert numbers["losses"][name][:reached] == pytest.approx(expected, rel=1e-5)
-        assert numbers["losses"][name][reached:] == [None] * (6 - reached)
+    # Full attention in a window of 300 tokens that moves on by half of it.
+    full = []
+    for done, stop in ((0, 300), *((start, min(total, start + 150)) for start in range(300, total, 150))):
+        start = max(0, stop - 300)
+        with torch.no_grad():
+            logits = stock(ids[:, start:stop]).logits[0, done - start :]
+        full.append(torch.nn.functional.cross_entropy(logits, ids[0, done + 1 : stop + 1], reduction="none"))
+    for name, losses in (("memory", opened), ("closed", fresh), ("full", torch.cat(full))):
+        expected = [losses[start:stop].mean().item() for start, stop in spans]
+        assert numbers["losses"][name] == pytest.approx(expected, rel=1e-5)
     table = output.read_text(encoding="utf-8")
-    assert row_of(table, "full attention")[4:] == ["–", "–"]
     assert row_of(table, "memory")[0] == f"{opened[:64].mean().exp():.2f}"
     assert row_of(table, "tokens") == [f"{count:,}" for count in numbers["tokens"]]
 
 
 def test_inside_the_first_segment_the_ways_to_read_agree(pretrained, data):
     losses = perplexity(data, "--model", pretrained[0] / "final", "--max_tokens", 129)["losses"]
-    assert losses["memory"] == pytest.approx(losses["memory closed"], rel=1e-6)
-    assert losses["memory"] == pytest.approx(losses["full attention"], rel=1e-5)
+    assert losses["memory"] == pytest.approx(losses["closed"], rel=1e-6)
+    assert losses["memory"] == pytest.approx(losses["full"], rel=1e-5)
 
 
 def test_texts_count_by_their_tokens(tmp_path):
@@ -394,7 +528,7 @@ def test_texts_count_by_their_tokens(tmp_path):
     spans = list(pairwise(edges))
     counts = [sum(max(0, min(stop, length) - start) for length in lengths) for start, stop in spans]
     assert numbers["tokens"] == counts
-    assert set(numbers["losses"]) == {"memory", "memory closed"}
+    assert set(numbers["losses"]) == {"memory", "closed"}
 
 
 def write_said(path, summaries, references):
@@ -451,7 +585,10 @@ def test_help_works(name, monkeypatch, capsys):
     with pytest.raises(SystemExit) as stopped:
         script(name).main()
     assert stopped.value.code == 0
-    assert "usage:" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "usage:" in shown
+    # The lines of the docstring, whose commands are copied from there.
+    assert script(name).__doc__.strip() in shown
 
 
 @pytest.mark.parametrize(

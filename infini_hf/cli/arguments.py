@@ -7,51 +7,104 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser
 
+from .names import did_you_mean, find_file
+
+
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Keeps the lines of the description, whose examples are to be copied, and shows defaults where there are any."""
+
+    def _get_help_string(self, action):
+        if action.required:
+            return f"{action.help or ''} (required)"
+        return action.help if action.default is None else super()._get_help_string(action)
+
+
+class Refusing:
+    """A parser that raises what it has to say, instead of hundreds of lines of usage."""
+
+    def error(self, message):
+        raise ValueError(f"{message}; see --help")
+
+
+class ConfigParser(Refusing, argparse.ArgumentParser):
+    """Finds `--config` in front of everything else."""
+
+
+class ScriptParser(Refusing, HfArgumentParser):
+    """The parser of a script."""
+
 
 def parse_arguments(dataclass_types, description, argv=None):
     """Fill dataclasses from `--config FILE.yaml` and from the command line, which wins.
 
     Args:
         dataclass_types (`tuple[type]`): the argument dataclasses.
-        description (`str`): what `--help` says first.
+        description (`str`): what `--help` says first, its lines as they are.
         argv (`list[str]`, *optional*): the arguments; those of the process by default.
 
     Returns:
         `tuple`: one instance for each dataclass.
 
     Raises:
-        ValueError: when the file has a key that no dataclass has.
+        ValueError: when an option is unknown, missing or has a wrong value, or the file cannot be read.
     """
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = ConfigParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=None)
     config, rest = first.parse_known_args(argv)
-    parser = HfArgumentParser(dataclass_types, description=description, allow_abbrev=False)
+    parser = ScriptParser(
+        dataclass_types,
+        description=description,
+        usage="%(prog)s [--config FILE.yaml] [--OPTION VALUE …]",
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument(
         "--config", type=Path, default=None, help="a YAML file of these options; the command line wins"
     )
+    known = {field.name for kind in dataclass_types for field in fields(kind)}
     if config.config is not None:
-        values = read_yaml(config.config, {field.name for kind in dataclass_types for field in fields(kind)})
+        values = read_yaml(config.config, known)
         parser.set_defaults(**values)
         for action in parser._actions:
             action.required = action.required and action.dest not in values
+    try:
+        parsed = parser.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
+    except (ValueError, NotImplementedError, ImportError) as error:
+        # Whoever refuses a value while a dataclass is filled, it is the user's.
+        raise ValueError(str(error)) from error
+    refuse_unknown(parsed[-1], known)
     # The parser hands `--config` back in a namespace of its own, after the dataclasses.
-    return parser.parse_args_into_dataclasses(args=rest)[: len(dataclass_types)]
+    return parsed[: len(dataclass_types)]
+
+
+def refuse_unknown(words, known):
+    """Raise on words of the command line that no option took."""
+    options = [word.split("=")[0] for word in words if word.startswith("-")]
+    if options:
+        names = [option.strip("-").replace("-", "_") for option in options]
+        hints = [f"{option}{did_you_mean(name, known, '--')}" for option, name in zip(options, names, strict=True)]
+        raise ValueError(f"unknown option {', '.join(hints)}; see --help for the list")
+    if words:
+        raise ValueError(f"{' '.join(words)!r}: belongs to no option; a value follows its option, as --OPTION VALUE")
 
 
 def read_yaml(path, known):
     """A YAML file as a dict whose keys are all in `known`.
 
     Raises:
-        ValueError: names the unknown keys and the known ones that come nearest.
+        ValueError: when it is not there or cannot be read, or names the unknown keys and those that come nearest.
     """
-    import difflib
-
-    values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    unknown = sorted(set(values) - set(known))
+    try:
+        values = yaml.safe_load(find_file(path, "--config").read_text(encoding="utf-8")) or {}
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1
+        raise ValueError(f"--config {path}: is not YAML: {error.problem} in line {line}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"--config {path}: is not YAML ({error})") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"--config {path}: holds {type(values).__name__}; write options, one 'name: value' a line")
+    unknown = sorted(str(key) for key in set(values) - set(known))
     if unknown:
-        near = {key: difflib.get_close_matches(key, known, n=2) for key in unknown}
-        hints = "; ".join(
-            f"{key!r} (did you mean {' or '.join(close)}?)" if close else repr(key) for key, close in near.items()
-        )
-        raise ValueError(f"{path}: unknown options {hints}; see --help for the list")
+        hints = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)
+        raise ValueError(f"--config {path}: unknown options {hints}; see --help for the list")
     return values

@@ -7,8 +7,9 @@ import typer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..assets import resolve, shipped
+from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
+from .names import find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
@@ -23,24 +24,25 @@ def load(model, infini_config, dtype, device, threads):
         torch.set_num_threads(threads)
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()
-    name = resolve(model)
+    name = find_model(model)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: is not to be had here ({error}); leave the option out") from error
-    loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
-    return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
+    with loading(model):
+        loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
+        return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 
 def read_text(path: Path):
     """A text file, UTF-8.
 
     Raises:
-        ValueError: when it is empty or not text.
+        ValueError: when it is not there, empty or not text.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = find_file(path, "text").read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: is not UTF-8 text ({error}); convert it first") from error
     if not text.strip():

@@ -8,12 +8,12 @@ import typer
 from tqdm.auto import tqdm
 from transformers import AutoConfig
 
-from ..assets import resolve
 from ..cache import InfiniCache
 from ..config import InfiniConfig
 from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
 from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, read_text
+from .names import find_model, loading
 
 
 def read(
@@ -85,7 +85,9 @@ def choose_patch(model, asked, snapshot):
     Raises:
         ValueError: when an option asked for is not that of the snapshot or the checkpoint.
     """
-    config = AutoConfig.from_pretrained(resolve(model))
+    name = find_model(model)
+    with loading(model):
+        config = AutoConfig.from_pretrained(name)
     stored = vars(config).get("infini_attention")
     settled = snapshot if snapshot is not None or stored is None else InfiniConfig.from_dict(stored)
     if settled is None:

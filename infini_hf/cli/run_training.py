@@ -1,14 +1,23 @@
 """A training run from its rows to its model card: what the training scripts end with."""
 
+import json
 from pathlib import Path
 
-from ..checkpoints import last_whole_checkpoint
-from ..model_card import evaluate_with_control, write_model_card
+from transformers import TrainerState
+from transformers.trainer import TRAINER_STATE_NAME
+
+from ..checkpoints import last_whole_checkpoint, resolve_checkpoint
+from ..model_card import CARD, RESULTS, evaluate_with_control, write_model_card
 from ..trainer import InfiniTrainer
+
+# Written last: what it says of a folder holds.
+SUMMARY = "training.json"
 
 
 def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, command):
     """Train or resume, save into `OUTPUT_DIR/final`, evaluate with the closed memory as control, write the card.
+
+    A run that is complete already is neither saved nor described again: its card tells how it was trained.
 
     Args:
         args ([`infini_hf.InfiniTrainingArguments`]): the arguments of the run.
@@ -21,15 +30,95 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
 
     Returns:
         `dict`: as from [`infini_hf.model_card.evaluate_with_control`].
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, with a sentence that says what goes on from where.
     """
     trainer = InfiniTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
-    final = Path(args.output_dir) / "final"
-    trainer.save_model(str(final))
-    results = evaluate_with_control(trainer)
-    card = write_model_card(trainer, final, base, data, command, results)
+    start = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) or last_whole_checkpoint(args.output_dir)
+    before, final = steps_of(start), Path(args.output_dir) / "final"
+    described = read_summary(final).get("steps")
+    if args.max_steps > 0 and described == before >= args.max_steps:
+        return keep_results(trainer, final, before, args.max_steps)
+    if start is not None:
+        say(trainer, f"resumed from {start}, after {before:,} steps")
+    try:
+        metrics = trainer.train(resume_from_checkpoint=start).metrics
+        steps = trainer.state.global_step
+        if described == before == steps:
+            return keep_results(trainer, final, steps, trainer.state.max_steps)
+        if trainer.is_world_process_zero():
+            (final / SUMMARY).unlink(missing_ok=True)
+        trainer.save_model(str(final))
+        results = evaluate_with_control(trainer)
+        card = write_model_card(trainer, final, base, data, command, results, steps_before=before)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(how_to_go_on(args.output_dir, trainer.state)) from None
+    summary = {"steps": steps, "steps_before": before, "seconds": metrics["train_runtime"]}
+    summary["loss"] = last_loss(trainer.state, before, metrics)
     if trainer.is_world_process_zero():
-        print(card)
+        (final / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    say(trainer, *report_lines(summary, trainer.state.max_steps, results, final, card))
     return results
+
+
+def say(trainer, *lines):
+    """Print, once of all processes."""
+    if trainer.is_world_process_zero():
+        print(*lines, sep="\n", flush=True)
+
+
+def steps_of(checkpoint):
+    """The steps that a checkpoint was trained for; 0 for none."""
+    if checkpoint is None:
+        return 0
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME)).global_step
+
+
+def read_summary(final):
+    """What the run that wrote a folder noted at its end; nothing when it did not come to it."""
+    whole = all((final / name).is_file() for name in (SUMMARY, CARD, RESULTS))
+    return json.loads((final / SUMMARY).read_text(encoding="utf-8")) if whole else {}
+
+
+def keep_results(trainer, final, steps, asked):
+    """Say that nothing is left to train, and return the results that are there."""
+    say(
+        trainer,
+        f"already complete: {steps:,} of {asked:,} steps in {trainer.args.output_dir}; give another output_dir, or "
+        f"more max_steps. Nothing was trained or written; {final / CARD} says how it was trained",
+    )
+    return json.loads((final / RESULTS).read_text(encoding="utf-8"))
+
+
+def how_to_go_on(output_dir, state):
+    """What Ctrl-C leaves."""
+    checkpoint = last_whole_checkpoint(output_dir)
+    stopped = f"stopped after {state.global_step:,} of {state.max_steps:,} steps"
+    if checkpoint is None:
+        return f"{stopped}, before the first checkpoint (save_steps): the same command begins again"
+    return f"{stopped}: the same command goes on from {checkpoint}"
+
+
+def last_loss(state, before, metrics):
+    """The training loss logged last, else the mean of the run; `None` where neither is that of this run."""
+    logged = [entry["loss"] for entry in state.log_history if "loss" in entry and entry["step"] > before]
+    # The stock mean is over all steps, those before a resumption too, whose losses it does not know.
+    return logged[-1] if logged else None if before else metrics["train_loss"]
+
+
+def report_lines(summary, asked, results, final, card):
+    """What a run has come to, a line for each thing that one wants to know."""
+    steps, before, loss = (summary[name] for name in ("steps", "steps_before", "loss"))
+    parts = [f"{steps:,} of {asked:,} steps" + (f", {before:,} of them before" if before else "")]
+    parts += [f"{summary['seconds']:,.0f} s"] + ([] if loss is None else [f"last training loss {loss:.4f}"])
+    losses = ", ".join(f"{metrics['loss']:.4f} {name}" for name, metrics in results.items())
+    tokens = f" ({next(iter(results.values()))['tokens']:,} tokens)" if results else ""
+    return [
+        f"trained     {', '.join(parts)}",
+        f"evaluation  {'loss ' + losses + tokens if results else 'none: no evaluation data was given'}",
+        f"model       {final}",
+        f"card        {card}",
+    ]

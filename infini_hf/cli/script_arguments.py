@@ -9,12 +9,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from ..assets import resolve
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
 from ..data.documents import load_documents
 from ..data.lane_order import lane_stream
 from ..data.packing import pack_documents
+from .names import find_adapter, find_model, find_source, loading
 
 
 @dataclass
@@ -43,17 +43,19 @@ class ModelArguments:
         """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""
         if self.threads:
             torch.set_num_threads(self.threads)
-        name = resolve(self.model)
+        name = find_model(self.model)
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         options["dtype"] = self.dtype
-        if adapter is None:
-            model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=self.infini_config(), **options)
-        else:
-            from ..lora import load_adapter
+        folder = None if adapter is None else find_adapter(adapter)
+        with loading(self.model if adapter is None else f"{self.model} with {adapter}"):
+            if folder is None:
+                model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=self.infini_config(), **options)
+            else:
+                from ..lora import load_adapter
 
-            model = load_adapter(name, adapter, **options)
-        return model, AutoTokenizer.from_pretrained(name)
+                model = load_adapter(name, folder, **options)
+            return model, AutoTokenizer.from_pretrained(name)
 
 
 @dataclass
@@ -124,13 +126,20 @@ class DocumentArguments:
     def rows(self, tokenizer, segment_length, lanes=None):
         """The training rows; in lane order where a stream carries its memory on."""
         documents = load_documents(
-            self.train_source,
+            find_source(self.train_source, "train_source"),
             self.train_split,
             self.text_column,
             streaming=self.streaming,
             where=self.where,
             limit=self.limit,
         )
+        if lanes and not self.streaming and len(documents) < lanes:
+            raise ValueError(
+                f"train_source={self.train_source!r}: {len(documents)} documents, and carry_memory reads {lanes} at "
+                "once, one in each row of a batch (per_device_train_batch_size × processes): give more documents (of "
+                f"a folder: .txt files), or --per_device_train_batch_size {max(1, len(documents))}, or --carry_memory "
+                "false"
+            )
         rows = pack_documents(documents, tokenizer, segment_length, self.segments_per_row, join=self.join)
         return lane_stream(rows, lanes) if self.streaming and lanes else rows
 
@@ -139,7 +148,7 @@ class DocumentArguments:
         if self.eval_source is None:
             return None
         documents = load_documents(
-            self.eval_source,
+            find_source(self.eval_source, "eval_source"),
             self.eval_split or held_out_split(self.eval_source),
             self.text_column,
             streaming=False,

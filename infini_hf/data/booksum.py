@@ -8,6 +8,7 @@ from typing import Any
 from .collator import IGNORED
 from .documents import check_count, columns_of, open_rows, take
 from .packing import document_number, plain_ids, require_tokenizer, row_features, token
+from .pair_filter import drop_empty_pairs
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,15 @@ def load_booksum(
         streaming (`bool`, *optional*, defaults to `False`): read while training instead of before it.
         limit (`int`, *optional*): pairs to keep, the first ones.
         summaries (`str`, *optional*, defaults to `"all"`): `"all"`, or `"longest"` for one pair a text.
-        drop_empty (`bool`, *optional*, defaults to `False`): leave out pairs without a text or without a summary.
+        drop_empty (`bool`, *optional*, defaults to `False`): leave out pairs without a text or without a summary, and
+            count them in one warning (of a stream, which has no end to count at, the first one is told).
 
     Returns:
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`.
 
     Raises:
-        ValueError: when the source, split or level does not exist, its fields are others, or a summary is not JSON.
+        ValueError: when the source, split or level does not exist, its fields are others, a summary is not JSON, or
+            no pair is left (of a table).
     """
     if summaries not in SUMMARIES:
         raise ValueError(f"summaries={summaries!r}: must be one of {', '.join(map(repr, SUMMARIES))}")
@@ -71,13 +74,15 @@ def load_booksum(
             "summary"
         )
     pairs = rows.map(
-        Pairs(text_column, summaries, drop_empty),
+        Pairs(text_column, summaries),
         with_indices=True,
         batched=True,
         batch_size=1,
         remove_columns=columns,
         features=pair_features(),
     )
+    if drop_empty:
+        pairs = drop_empty_pairs(pairs, f"source={str(source)!r}, split={split!r}")
     return pairs if limit is None else take(pairs, limit)
 
 
@@ -101,7 +106,6 @@ class Pairs:
 
     text_column: str
     summaries: str
-    drop_empty: bool
 
     def __call__(self, batch, indices):
         pairs = {name: [] for name in PAIR_COLUMNS}
@@ -112,8 +116,6 @@ class Pairs:
                 found = [max(found, key=lambda pair: len(pair[1]))]
             text = as_text(row[self.text_column])
             for source, summary in found:
-                if self.drop_empty and not (text.strip() and summary.strip()):
-                    continue
                 pairs["id"].append(pair_id(row, index, source))
                 pairs["text"].append(text)
                 pairs["summary"].append(summary)
