@@ -3,8 +3,10 @@
     python scripts/evaluate.py --config configs/eval/perplexity_tiny_cpu.yaml --source NOVELS/validation
     python scripts/evaluate.py --task rouge --predictions lora.jsonl base.jsonl closed.jsonl
 
-Perplexity is measured on whole texts, streamed: with the memory, with the memory closed (block-local attention of the
-same weights), and with full attention of the unpatched weights as far as `full_attention_up_to` reaches.
+Perplexity is measured on whole texts, streamed, each token counted once, for every way to read that `ways` names:
+memory, closed (the gates shut), hard (blocks of a segment), overlap, txl (Transformer-XL), other (another text's
+memory), full (the stock model in a sliding window), full_past (the stock model past its window). A way takes options
+behind colons, as in overlap:segment=512:overlap=128:sinks=4 or full:window=640:stride=128.
 """
 
 import json
@@ -14,13 +16,17 @@ from pathlib import Path
 import torch
 from tqdm.auto import tqdm
 
-from infini_hf import score, unpatch_model
+from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.errors import run_script
+from infini_hf.cli.names import find_file
 from infini_hf.cli.script_arguments import ModelArguments, held_out_split
 from infini_hf.data.documents import load_documents
-from infini_hf.evaluation.controls import closed_memory
-from infini_hf.evaluation.perplexity import SpanTable, doubling_edges, mean_by_span
+from infini_hf.evaluation.comparison import compare, comparison_lines
+from infini_hf.evaluation.curves import draw_by_position, new_figure
+from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
 from infini_hf.evaluation.rouge import rouge_scores
+from infini_hf.evaluation.ways import Way, read_texts
 
 
 @dataclass
@@ -41,55 +47,85 @@ class EvaluationArguments:
     )
     limit: int | None = field(default=None, metadata={"help": "texts, the first ones"})
     max_tokens: int | None = field(default=None, metadata={"help": "tokens of each text"})
-    first_edge: int = field(default=1024, metadata={"help": "first position of the table; then twice that, and so on"})
-    full_attention_up_to: int = field(
-        default=0, metadata={"help": "tokens that full attention reads; 0 leaves it out"}
+    ways: list[str] = field(
+        default_factory=lambda: ["memory", "closed"],
+        metadata={"help": "memory, closed, hard, overlap, txl, other, full, full_past, with options behind colons"},
     )
+    first_edge: int = field(default=1024, metadata={"help": "first position of the table; then twice that, and so on"})
+    beyond: int | None = field(
+        default=None, metadata={"help": "first position of the comparison; default: the longest segment of the ways"}
+    )
+    full_attention_up_to: int = field(
+        default=0, metadata={"help": "adds the way full with this window; 0 leaves it to ways"}
+    )
+    figure: bool = field(default=False, metadata={"help": "draw the curves as PNG beside the output"})
+    figure_ways: list[str] = field(default_factory=list, metadata={"help": "ways in the figure; all by default"})
     predictions: list[str] = field(default_factory=list, metadata={"help": "JSONL files of summarize.py"})
     output: str | None = field(default=None, metadata={"help": "markdown file for the table, with a JSON beside it"})
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; the best one by default"})
 
+    def parsed_ways(self):
+        """The ways to read, checked before anything is loaded; `full` is a name of its own in tables."""
+        ways = {text: Way.parse(text) for text in self.ways}
+        if self.full_attention_up_to:
+            ways.setdefault("full", Way("full", "full", {"window": self.full_attention_up_to}))
+        missing = sorted(set(self.figure_ways) - set(ways))
+        if missing:
+            raise ValueError(f"figure_ways: {missing} are not among the ways {list(ways)}")
+        if (self.figure or self.figure_ways) and not self.output:
+            raise ValueError("figure: name an output, the PNG is written beside it")
+        if self.figure or self.figure_ways:
+            # Said now, not after the reading.
+            new_figure((1, 1))
+        return list(ways.values())
+
 
 def perplexity(model_args, args):
-    """The table of perplexity by position, and its numbers."""
+    """The tables of perplexity by position and beyond the first segment, and their numbers."""
     if args.source is None:
         raise ValueError("source: name the texts to measure on")
+    ways = args.parsed_ways()
     model, tokenizer = model_args.load()
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
+    patch = infini_config_of(model.config)
+    # A window that is none is an error before the first text is read.
+    segments = [way.window(patch).segment_length for way in ways if way.patched]
+    reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
+    texts = texts_of(tokenizer, args)
+    losses = {way.text: read_texts(model, way, texts) for way in ways}
+    longest = max(ids.shape[1] for ids in texts) - 1
+    # A way that ends early has a span of its own, or its last one would mean other tokens than its neighbours'.
+    edges = sorted({*doubling_edges(longest, args.first_edge), *(min(reach, longest) for reach in reaches)})
+    counts = mean_by_span([ids[0, 1:] for ids in texts], edges)[1]
+    table = SpanTable(edges, {name: mean_by_span(parts, edges)[0] for name, parts in losses.items()}, counts)
+    beyond = max([patch.segment_length, *segments]) if args.beyond is None else args.beyond
+    roles = [next((way.text for way in ways if way.name == role), role) for role in ("closed", "full")]
+    rows = compare(losses, beyond, *roles)
+    if args.figure or args.figure_ways:
+        curves = {name: curve_of(losses[name]) for name in args.figure_ways or losses}
+        draw_by_position(curves, Path(args.output).with_suffix(".png"), beyond)
+    numbers = {"model": model_args.model, "patch": patch.to_dict(), "max_tokens": args.max_tokens}
+    numbers |= {"edges": edges, "losses": table.rows, "tokens": counts, "beyond": beyond}
+    numbers["comparison"] = [row.to_dict() for row in rows]
+    numbers["documents"] = {name: [text_mean(part[beyond:]) for part in parts] for name, parts in losses.items()}
+    return [*table.markdown(), "", *comparison_lines(rows, beyond, roles[0])], numbers
+
+
+def texts_of(tokenizer, args):
+    """The ids of every text, `(1, tokens)`, with a beginning-of-text token where there is one."""
     documents = load_documents(args.source, args.split or held_out_split(args.source), limit=args.limit)
     bos = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     texts = []
-    for document in documents:
+    for document in tqdm(documents, desc="tokenizing", total=args.limit):
         ids = tokenizer(document["text"], add_special_tokens=False, verbose=False)["input_ids"]
         texts.append(torch.tensor([[*bos, *ids][: args.max_tokens]]))
-    ways = {"memory": lambda ids: score(model, ids)[0]}
-    ways["memory closed"] = lambda ids: score_closed(model, ids)
-    losses = {name: [way(ids).cpu() for ids in tqdm(texts, desc=name)] for name, way in ways.items()}
-    if args.full_attention_up_to:
-        unpatch_model(model)
-        losses["full attention"] = [
-            full_attention(model, ids, args.full_attention_up_to) for ids in tqdm(texts, desc="full attention")
-        ]
-    longest = max(ids.shape[1] for ids in texts) - 1
-    # Full attention has spans of its own, or the last one would mean other tokens than those of its neighbours.
-    edges = sorted({*doubling_edges(longest, args.first_edge), min(args.full_attention_up_to, longest)})
-    spans = {name: mean_by_span(parts, edges) for name, parts in losses.items()}
-    table = SpanTable(edges, {name: means for name, (means, _) in spans.items()}, spans["memory"][1])
-    return table.markdown(), {"edges": edges, "losses": table.rows, "tokens": table.counts}
+    return texts
 
 
-def score_closed(model, ids):
-    with closed_memory(model):
-        return score(model, ids)[0]
-
-
-@torch.no_grad()
-def full_attention(model, ids, reach):
-    """Losses of what the stock model predicts from the first `reach` tokens."""
-    ids = ids[:, : reach + 1].to(model.device)
-    logits = model(ids[:, :-1], use_cache=False).logits[0].float()
-    return torch.nn.functional.cross_entropy(logits, ids[0, 1:], reduction="none").cpu()
+def text_mean(losses):
+    """The mean of what a text has there, `None` for nothing."""
+    return losses.double().mean().item() if len(losses) else None
 
 
 def rouge(args):
@@ -97,7 +133,7 @@ def rouge(args):
     if not args.predictions:
         raise ValueError("predictions: name the JSONL files of summarize.py")
     lines, numbers = ["| summaries | ROUGE-1 | ROUGE-2 | ROUGE-L | overall | texts |", "|---|---|---|---|---|---|"], {}
-    paths = [Path(path) for path in args.predictions]
+    paths = [find_file(path, "predictions") for path in args.predictions]
     stems = [path.stem for path in paths]
     for path in paths:
         name = path.stem if stems.count(path.stem) == 1 else str(path)
@@ -124,4 +160,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

@@ -4,9 +4,7 @@ import math
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from infini_hf.assets import resolve
 from infini_hf.evaluation.perplexity import doubling_edges, spans_of
 from infini_hf.evaluation.recall import context_recall, first_answer, wilson_interval
 
@@ -25,11 +23,6 @@ class Copier:
         place = text.index(f"The {subject}") + len(f"The {subject}")
         answer = " 0." if self.blind else text[place : place + 12]
         return torch.cat([ids, self.tokenizer(answer, return_tensors="pt")["input_ids"]], dim=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    return AutoTokenizer.from_pretrained(resolve("tiny-llama"))
 
 
 def test_recall_is_complete_for_a_copier_and_none_for_a_blind_one(tokenizer):

@@ -88,3 +88,22 @@ def mean_by_span(losses, edges):
         means.append(sum(part.sum().item() for part in parts) / count if count else None)
         counts.append(count)
     return means, counts
+
+
+def curve_of(losses, first=32, per_doubling=2):
+    """Perplexity by position in fine steps, for a figure.
+
+    Args:
+        losses (`list[torch.Tensor]`): `(tokens,)` for each text.
+        first (`int`, *optional*, defaults to `32`): where the first step ends.
+        per_doubling (`int`, *optional*, defaults to `2`): steps from a position to twice that.
+
+    Returns:
+        `list[tuple[float, float]]`: the geometric middle of every step, and the perplexity of its tokens.
+    """
+    longest, edges = max(map(len, losses)), [0]
+    while edges[-1] < longest:
+        edges.append(min(longest, round(first * 2 ** ((len(edges) - 1) / per_doubling))))
+    means, _ = mean_by_span(losses, edges)
+    middles = [math.sqrt(max(start, 1) * stop) for start, stop in pairwise(edges)]
+    return [(middle, math.exp(mean)) for middle, mean in zip(middles, means, strict=True)]

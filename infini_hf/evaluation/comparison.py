@@ -1,0 +1,146 @@
+"""Ways to read held against each other on the same tokens, with intervals over documents."""
+
+import math
+from dataclasses import dataclass
+
+from .intervals import jackknife_interval
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A way to read beside the closed memory, on the tokens beyond the first segment.
+
+    Attributes:
+        way (`str`): the way.
+        tokens (`int`): tokens counted.
+        documents (`int`): documents that reach beyond the first segment.
+        perplexity (`float`): of the way, every token counted once.
+        ratio (`float`, *optional*): its perplexity over that of the closed memory on the same tokens; below 1 is
+            better.
+        ratio_interval (`tuple[float, float]`, *optional*): 95 %, paired over documents; `None` for fewer than two.
+        share (`float`, *optional*): of the loss in nats by which full attention is better than the closed memory, the
+            part that the way wins; `None` where full attention is not surely better, so that there is no gap to share.
+        share_interval (`tuple[float, float]`, *optional*): 95 %, paired over documents.
+    """
+
+    way: str
+    tokens: int
+    documents: int
+    perplexity: float
+    ratio: float | None = None
+    ratio_interval: tuple[float, float] | None = None
+    share: float | None = None
+    share_interval: tuple[float, float] | None = None
+
+    def to_dict(self):
+        """The numbers as JSON holds them."""
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in vars(self).items()}
+
+
+def document_sums(losses, start):
+    """What each document that reaches beyond `start` contributes: `(tokens, loss of each of several ways in nats)`.
+
+    Args:
+        losses (`list[list[torch.Tensor]]`): for each way `(tokens,)` of each document; the shortest way counts.
+        start (`int`): first position that counts.
+    """
+    sums = []
+    for parts in zip(*losses, strict=True):
+        stop = min(map(len, parts))
+        if stop > start:
+            sums.append((stop - start, *(part[start:stop].double().sum().item() for part in parts)))
+    return sums
+
+
+def gain(sums):
+    """Nats a token by which the second way is better than the first."""
+    return sum(entry[1] - entry[2] for entry in sums) / sum(entry[0] for entry in sums)
+
+
+def gap_share(sums):
+    """The second way's gain over the first, as a share of the third way's."""
+    return sum(entry[1] - entry[2] for entry in sums) / sum(entry[1] - entry[3] for entry in sums)
+
+
+def compare(losses, start, base="closed", best="full"):
+    """Every way beside the closed memory.
+
+    The interval of a ratio of perplexities is that of the difference of losses, of which it is the exponential.
+
+    Args:
+        losses (`dict[str, list[torch.Tensor]]`): for each way `(tokens,)` of each document, in the same order.
+        start (`int`): first position that counts: the length of the first segment.
+        base (`str`, *optional*, defaults to `"closed"`): what ways are held against, where it is there.
+        best (`str`, *optional*, defaults to `"full"`): what stands for all the text there is, where it is there.
+
+    Returns:
+        `list[Comparison]`: without the ways that do not reach beyond `start`.
+    """
+    rows = []
+    for way, parts in losses.items():
+        alone = document_sums([parts], start)
+        if not alone:
+            continue
+        tokens = sum(entry[0] for entry in alone)
+        values = [way, tokens, len(alone), math.exp(sum(entry[1] for entry in alone) / tokens)]
+        if base in losses and way != base:
+            values += ratio_to(document_sums([losses[base], parts], start))
+            if best in losses and way != best:
+                values += share_of(document_sums([losses[base], parts, losses[best]], start))
+        rows.append(Comparison(*values))
+    return rows
+
+
+def ratio_to(sums):
+    if not sums:
+        return [None, None]
+    interval = jackknife_interval(gain, sums)
+    return [math.exp(-gain(sums)), interval and (math.exp(-interval[1]), math.exp(-interval[0]))]
+
+
+def share_of(sums):
+    """The share and its interval, where full attention is better than chance would have it."""
+    if not sums:
+        return [None, None]
+    gap = [(tokens, base, best) for tokens, base, _, best in sums]
+    interval = jackknife_interval(gain, gap)
+    if (gain(gap) if interval is None else interval[0]) <= 0:
+        return [None, None]
+    return [gap_share(sums), jackknife_interval(gap_share, sums)]
+
+
+def comparison_lines(rows, start, base="closed"):
+    """A markdown table, and below it what the memory does in one sentence, where it and its control were measured."""
+    by_way = {row.way: row for row in rows}
+    if not rows:
+        return [f"No text reaches beyond the first segment (position {start:,})."]
+    texts = max(row.documents for row in rows)
+    lines = [
+        f"Beyond the first segment (position {start:,} on, {texts} texts), with 95 % intervals over the texts:",
+        "",
+        "| read with | perplexity | ratio to closed | tokens |",
+        "|---|---|---|---|",
+    ]
+    for row in rows:
+        ratio = "1" if row.way == base else number(row.ratio, row.ratio_interval, ".4f")
+        lines.append(f"| {row.way} | {row.perplexity:.2f} | {ratio} | {row.tokens:,} |")
+    if "memory" in by_way and base in by_way:
+        lines += ["", verdict(by_way["memory"], by_way[base])]
+    return lines
+
+
+def verdict(memory, closed):
+    """The claim and what it rests on, in one line."""
+    ratio = number(memory.ratio, memory.ratio_interval, ".4f")
+    said = f"Beyond the first segment: memory {memory.perplexity:.2f}, closed {closed.perplexity:.2f}, ratio {ratio}"
+    if memory.share is None:
+        return said
+    ends = memory.share_interval and tuple(100 * end for end in memory.share_interval)
+    share = number(100 * memory.share, ends, ".1f")
+    return f"{said}; of the gap from closed to full attention, the memory closes {share} %"
+
+
+def number(value, interval, form):
+    if value is None:
+        return "–"
+    return f"{value:{form}}" + ("" if interval is None else f" ({interval[0]:{form}} to {interval[1]:{form}})")

@@ -1,0 +1,204 @@
+"""Ways to read the same texts with the same weights, from the memory as patched to full attention of the stock model.
+
+A way is written as its name with options behind it, `"overlap:segment=512:overlap=128:sinks=4"`:
+
+    memory       as patched                                                          segment, overlap, sinks
+    closed       the gates shut, the same window                                     segment, overlap, sinks
+    hard         the gates shut, blocks of a segment, no overlap and no sinks        segment
+    overlap      the gates shut, the overlap and the sinks that are named            segment, overlap, sinks
+    txl          the gates shut, a whole segment of overlap: a Transformer-XL        segment
+    other        as patched, with the memory of another document                     segment, overlap, sinks
+    full         full attention without the patch, in a window that slides           window, stride
+    full_past    full attention without the patch over one long prefix               length
+
+What is not named is the patch's own.
+"""
+
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from ..attention import InfiniAttention
+from ..cache import InfiniCache, infini_config_of
+from ..patching import patch_model, unpatch_model
+from ..streaming import prefill, require_patched, score
+from .controls import closed_memory
+
+WINDOW = {"segment": "segment_length", "overlap": "overlap", "sinks": "sink_tokens"}
+OPTIONS = {
+    "memory": tuple(WINDOW),
+    "closed": tuple(WINDOW),
+    "hard": ("segment",),
+    "overlap": tuple(WINDOW),
+    "txl": ("segment",),
+    "other": tuple(WINDOW),
+    "full": ("window", "stride"),
+    "full_past": ("length",),
+}
+
+
+@dataclass(frozen=True)
+class Way:
+    """A way to read.
+
+    Attributes:
+        text (`str`): as it was written.
+        name (`str`): one of `OPTIONS`.
+        options (`dict[str, int]`): those that were named, in tokens.
+    """
+
+    text: str
+    name: str
+    options: dict[str, int] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text):
+        """`"name:key=value:…"`.
+
+        Raises:
+            ValueError: for a name or an option that is none, or a value that is no number of tokens.
+        """
+        name, *parts = text.split(":")
+        if name not in OPTIONS:
+            raise ValueError(f"way {text!r}: must be one of {', '.join(OPTIONS)}")
+        options = {}
+        for part in parts:
+            key, _, value = part.partition("=")
+            if key not in OPTIONS[name] or not value.isdigit():
+                known = ", ".join(f"{key}=TOKENS" for key in OPTIONS[name])
+                raise ValueError(f"way {text!r}: {part!r} is no option of {name!r}; it takes {known}")
+            options[key] = int(value)
+        if name == "overlap" and not options.keys() & {"overlap", "sinks"}:
+            raise ValueError(f"way {text!r}: name the overlap or the sinks, as in overlap:overlap=128:sinks=4")
+        if 0 in (options.get("window"), options.get("stride"), options.get("length")):
+            raise ValueError(f"way {text!r}: window, stride and length must be at least 1")
+        return cls(text, name, options)
+
+    @property
+    def patched(self):
+        """Whether the patch stays on."""
+        return not self.name.startswith("full")
+
+    def window(self, patch):
+        """The [`InfiniConfig`] it reads under, from that of the model."""
+        changes = {WINDOW[key]: value for key, value in self.options.items()}
+        length = changes.get("segment_length", patch.segment_length)
+        if self.name in ("hard", "txl"):
+            changes |= {"overlap": length if self.name == "txl" else 0, "sink_tokens": 0}
+        return replace(patch, **changes)
+
+    def slide(self, config):
+        """Tokens in a window, in a step, and to read at most (`None` for all), of full attention."""
+        trained = config.get_text_config(decoder=True).max_position_embeddings
+        if self.name == "full_past":
+            length = self.options.get("length", 4 * trained)
+            return length, length, length
+        window = self.options.get("window", trained)
+        stride = self.options.get("stride", max(1, window // 2))
+        if stride > window:
+            raise ValueError(f"way {self.text!r}: a stride of {stride} passes over tokens; at most window={window}")
+        return window, stride, None
+
+
+def read_texts(model, way, texts, progress=True):
+    """What each token costs, read in one way.
+
+    Args:
+        model (`PreTrainedModel`): a patched model; afterwards it is what it was.
+        way ([`Way`]): the way.
+        texts (`list[torch.Tensor]`): `(1, tokens)` ids of each text.
+        progress (`bool`, *optional*, defaults to `True`): show a progress bar over the texts.
+
+    Returns:
+        `list[torch.Tensor]`: `(tokens - 1,)` float32 for each text, in nats; shorter where the way does not reach.
+
+    Raises:
+        ValueError: when the model is not patched, the window is none, or `other` has no other text.
+    """
+    inner = require_patched(model)
+    if not way.patched:
+        slide = way.slide(inner.config)
+        with stock(inner):
+            return [sliding_losses(inner, ids, *slide) for ids in tqdm(texts, desc=way.text, disable=not progress)]
+    if way.name == "other" and len(texts) < 2:
+        raise ValueError("way 'other': reads with the memory of another text, and there is one text only")
+    shut = way.name in ("closed", "hard", "overlap", "txl")
+    losses = []
+    with another_window(inner, way.window), closed_memory(inner) if shut else nullcontext():
+        for index, ids in enumerate(tqdm(texts, desc=way.text, disable=not progress)):
+            if way.name == "other":
+                losses.append(other_memory_losses(inner, ids, texts[index - 1]))
+            else:
+                losses.append(score(inner, ids, progress=False)[0])
+    return losses
+
+
+@contextmanager
+def another_window(model, change):
+    """A patched model under `change` (from one [`InfiniConfig`] to another) of its window; caches belong inside."""
+    config = require_patched(model).get_decoder().config.get_text_config(decoder=True)
+    own = config.infini_attention
+    config.infini_attention = change(infini_config_of(config)).to_dict()
+    try:
+        yield model
+    finally:
+        config.infini_attention = own
+
+
+@contextmanager
+def stock(model):
+    """A patched model without its patch inside the `with`; the patch comes back with the same gates."""
+    patch = infini_config_of(model.config)
+    gates = {path: part.memory_gate for path, part in model.named_modules() if isinstance(part, InfiniAttention)}
+    unpatch_model(model)
+    try:
+        yield model
+    finally:
+        patch_model(model, patch)
+        for path, gate in gates.items():
+            model.get_submodule(path).memory_gate = gate
+
+
+@torch.no_grad()
+def sliding_losses(model, ids, window, stride, reach=None):
+    """Losses of the stock model over a window that slides: `(tokens - 1,)` float32 in nats, on the device of `ids`.
+
+    The first window counts whole. Each later one moves on by `stride` and counts its last `stride` tokens alone, so
+    that every token is counted once and has at least `window - stride` before it.
+    """
+    device, losses, done = model.device, [], 0
+    total = ids.shape[1] - 1 if reach is None else min(reach, ids.shape[1] - 1)
+    while done < total:
+        end = min(total, done + (stride if done else window))
+        start = max(0, end - window)
+        logits = model(ids[:, start:end].to(device), use_cache=False, logits_to_keep=end - done).logits[0].float()
+        losses.append(F.cross_entropy(logits, ids[0, done + 1 : end + 1].to(device), reduction="none").to(ids.device))
+        done = end
+    return torch.cat(losses) if losses else torch.zeros(0)
+
+
+@torch.no_grad()
+def other_memory_losses(model, ids, other):
+    """Losses of a patched model whose memory is that of another text: `(tokens - 1,)` float32, on the device of `ids`.
+
+    Before every segment, M and z of each layer are replaced by those that the model has after as many segments of
+    `other`, read for itself; the local window stays that of `ids`. So the memory is as full and as well-formed as the
+    text's own, and knows nothing of it. Where `other` is shorter its last memory stays.
+    """
+    length = infini_config_of(model.config).segment_length
+    cache, donor = InfiniCache(model.config), InfiniCache(model.config)
+    losses, device = [], model.device
+    for start in range(0, ids.shape[1] - 1, length):
+        if start:
+            prefill(model, other[:, start - length : start], cache=donor, progress=False)
+            for layer, source in zip(cache.infini_layers.values(), donor.infini_layers.values(), strict=True):
+                layer.memory, layer.memory_norm = source.memory, source.memory_norm
+        part = ids[:, start : start + length].to(device)
+        logits = model(part, past_key_values=cache, use_cache=True).logits[0].float()
+        targets = ids[0, start + 1 : start + 1 + length].to(device)
+        loss = F.cross_entropy(logits[: len(targets)], targets, reduction="none")
+        losses.append(loss.to(ids.device))
+    return torch.cat(losses) if losses else torch.zeros(0)

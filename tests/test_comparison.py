@@ -1,0 +1,101 @@
+"""Ways to read held against each other: sums, intervals and shares against closed forms, and the lines that say so."""
+
+import math
+import statistics
+
+import pytest
+import torch
+
+from infini_hf.evaluation.comparison import compare, comparison_lines
+from infini_hf.evaluation.perplexity import curve_of
+
+
+def losses_of(**means):
+    """Texts of 10, 20, 8 and 4 tokens beyond a first segment of 4; losses constant in a text, alike in the segment."""
+    lengths = (14, 24, 12, 4)
+    return {
+        name: [
+            torch.cat([torch.ones(4), torch.full((length - 4,), value)])
+            for length, value in zip(lengths, values, strict=True)
+        ]
+        for name, values in means.items()
+    }
+
+
+MEANS = {"memory": (2.0, 3.0, 2.5, 0.0), "closed": (2.5, 3.25, 2.6, 0.0), "full": (1.5, 2.5, 2.0, 0.0)}
+
+
+def test_a_comparison_counts_every_token_beyond_the_first_segment_once():
+    memory, closed, full = compare(losses_of(**MEANS), 4)
+    assert (memory.tokens, memory.documents) == (38, 3)
+    assert memory.perplexity == pytest.approx(math.exp((10 * 2.0 + 20 * 3.0 + 8 * 2.5) / 38))
+    gain = (10 * 0.5 + 20 * 0.25 + 8 * 0.1) / 38
+    assert memory.ratio == pytest.approx(math.exp(-gain))
+    assert memory.ratio == pytest.approx(memory.perplexity / closed.perplexity)
+    assert memory.share == pytest.approx(gain * 38 / (10 * 1.0 + 20 * 0.75 + 8 * 0.6))
+    low, high = memory.ratio_interval
+    assert low < memory.ratio < high
+    assert (closed.ratio, closed.share, full.share) == (None, None, None)
+
+
+def test_texts_of_one_length_have_the_interval_of_their_paired_differences():
+    base, gains = [3.0, 1.0, 4.0, 2.0], [0.3, -0.1, 0.4, 0.2]
+    losses = {
+        "closed": [torch.full((10,), value) for value in base],
+        "memory": [torch.full((10,), value - gain) for value, gain in zip(base, gains, strict=True)],
+    }
+    row = compare(losses, 0)[1]
+    reach = 3.1824 * statistics.stdev(gains) / 2
+    assert row.ratio == pytest.approx(math.exp(-0.2), rel=1e-6)
+    assert row.ratio_interval == pytest.approx((math.exp(-0.2 - reach), math.exp(-0.2 + reach)), rel=1e-4)
+
+
+def test_half_of_every_gap_is_half_for_sure():
+    rows = compare(losses_of(closed=(2.5, 3.5, 2.0, 0), memory=(2.0, 3.0, 1.5, 0), full=(1.5, 2.5, 1.0, 0)), 4)
+    assert rows[1].share == pytest.approx(0.5)
+    assert rows[1].share_interval == pytest.approx((0.5, 0.5))
+
+
+def test_where_full_attention_is_not_surely_better_there_is_no_gap_to_share():
+    for full in ((2.6, 3.3, 2.7, 0.0), (2.4, 3.3, 2.5, 0.0)):
+        assert compare(losses_of(**{**MEANS, "full": full}), 4)[0].share is None
+
+
+def test_a_way_that_ends_early_is_compared_where_it_reaches():
+    losses = losses_of(**MEANS)
+    losses["full_past"] = [text[:6] + 1 for text in losses["full"]]
+    row = compare(losses, 4)[-1]
+    assert (row.way, row.tokens) == ("full_past", 6)
+    assert row.ratio == pytest.approx(math.exp((2 * 0.0 + 2 * 0.25 + 2 * 0.4) / 6))
+    losses["nowhere"] = [text[:3] for text in losses["full"]]
+    assert [row.way for row in compare(losses, 4)] == [*MEANS, "full_past"]
+
+
+def test_one_text_says_nothing_of_others():
+    one = {name: texts[:1] for name, texts in losses_of(**MEANS).items()}
+    row = compare(one, 4)[0]
+    assert (row.ratio_interval, row.share_interval) == (None, None)
+    assert row.share == pytest.approx(0.5)
+
+
+def test_the_lines_say_what_the_memory_does():
+    losses = losses_of(**MEANS)
+    rows = compare(losses, 4)
+    lines = comparison_lines(rows, 4)
+    row = rows[0]
+    ends = f"({row.ratio_interval[0]:.4f} to {row.ratio_interval[1]:.4f})"
+    assert f"| memory | {row.perplexity:.2f} | {row.ratio:.4f} {ends} | 38 |" in lines
+    assert f"| closed | {rows[1].perplexity:.2f} | 1 | 38 |" in lines
+    said = f"memory {row.perplexity:.2f}, closed {rows[1].perplexity:.2f}, ratio {row.ratio:.4f} {ends}; of the gap"
+    assert said in lines[-1]
+    assert f"the memory closes {100 * row.share:.1f} (" in lines[-1]
+    assert comparison_lines(compare(losses, 30), 30) == ["No text reaches beyond the first segment (position 30)."]
+    assert "memory" not in comparison_lines(compare({"hard": losses["memory"]}, 4), 4)[-1]
+
+
+def test_a_curve_is_the_perplexity_of_its_steps():
+    losses = [torch.arange(10.0), torch.arange(6.0)]
+    points = curve_of(losses, first=4, per_doubling=1)
+    means = [1.5, (4 + 5 + 6 + 7 + 4 + 5) / 6, 8.5]
+    assert [value for _, value in points] == pytest.approx([math.exp(mean) for mean in means])
+    assert [place for place, _ in points] == pytest.approx([2.0, 32**0.5, 80**0.5])

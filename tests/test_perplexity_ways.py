@@ -1,0 +1,282 @@
+"""Ways to read, each against the stock model with a window of its own, and the script that measures them."""
+
+import importlib.util
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from models import build, build_patched, gate_parameters, random_ids
+from torch.nn import functional as F
+
+from infini_hf import InfiniConfig, patch_model, prefill, score
+from infini_hf.evaluation.ways import OPTIONS, Way, read_texts, stock
+
+ROOT = Path(__file__).parent.parent
+LENGTH = 8
+# An odd number of tokens, in no segment's or window's measure.
+IDS = random_ids(1, 43)
+
+
+def patched_model(family="llama", **options):
+    return build_patched(family, segment_length=LENGTH, **{"overlap": 3, "sink_tokens": 2, **options})
+
+
+def read_as(model, text, ids=IDS, *others):
+    """The losses of one text in a way that is named."""
+    return read_texts(model, Way.parse(text), [ids, *others], progress=False)[0]
+
+
+def fresh(family="llama", **options):
+    """The scores of the base weights under a patch whose gates are still shut."""
+    return score(patch_model(build(family), InfiniConfig(LENGTH, **options)), IDS)[0]
+
+
+def loss_of(model, context, target):
+    """What the last of a context's predictions costs, by the stock model."""
+    with torch.no_grad():
+        logits = model(context, use_cache=False).logits[0, -1].double()
+    return F.cross_entropy(logits[None], target.view(1)).item()
+
+
+def close(actual, expected):
+    torch.testing.assert_close(actual.double(), torch.as_tensor(expected).double(), rtol=1e-4, atol=1e-4)
+
+
+# The patch stays on.
+
+
+def test_the_memory_is_that_of_score():
+    model = patched_model()
+    assert torch.equal(read_as(model, "memory"), score(model, IDS)[0])
+    assert not torch.allclose(read_as(model, "memory")[LENGTH:], read_as(model, "closed")[LENGTH:], atol=1e-2)
+
+
+@pytest.mark.parametrize("gate", ["tanh", "sigmoid"])
+@pytest.mark.parametrize(
+    ("way", "window"),
+    [
+        ("closed", {"overlap": 3, "sink_tokens": 2}),
+        ("closed:overlap=5", {"overlap": 5, "sink_tokens": 2}),
+        ("hard", {}),
+        ("overlap:overlap=5:sinks=1", {"overlap": 5, "sink_tokens": 1}),
+        ("overlap:overlap=0:sinks=1", {"overlap": 0, "sink_tokens": 1}),
+        ("txl", {"overlap": LENGTH}),
+    ],
+)
+def test_with_the_gates_shut_it_is_a_fresh_patch_of_that_window(gate, way, window):
+    close(read_as(patched_model(gate=gate), way), fresh(**window))
+
+
+def test_hard_segments_are_blocks_of_the_stock_model():
+    model, expected = build(), []
+    for length in (LENGTH, 16):
+        expected = [
+            loss_of(model, IDS[:, place // length * length : place + 1], IDS[0, place + 1])
+            for place in range(IDS.shape[1] - 1)
+        ]
+        close(read_as(patched_model(), f"hard:segment={length}"), expected)
+
+
+def test_the_memory_reads_under_another_window_too():
+    other = build_patched(segment_length=16, overlap=4, sink_tokens=1)
+    assert torch.equal(read_as(patched_model(), "memory:segment=16:overlap=4:sinks=1"), score(other, IDS)[0])
+
+
+# The memory of another text.
+
+
+def test_with_its_own_memory_lent_a_text_is_read_as_ever():
+    model = patched_model()
+    close(read_as(model, "other", IDS, IDS), score(model, IDS)[0])
+
+
+def test_every_segment_meets_the_memory_of_the_other_text_after_as_many():
+    model, other = patched_model(overlap=0, sink_tokens=0), random_ids(1, 60, seed=7)
+    expected = []
+    for start in range(0, IDS.shape[1] - 1, LENGTH):
+        # Between segments there is nothing but the memory, so that another text's cache can be read on with.
+        cache = prefill(model, other[:, :start], progress=False) if start else None
+        expected.append(score(model, IDS[:, start : start + LENGTH + 1], cache=cache)[0, :LENGTH])
+    actual = read_texts(model, Way.parse("other"), [IDS, other], progress=False)
+    close(actual[0], torch.cat(expected))
+    assert actual[1].shape == (59,)
+    # The texts are each other's, and the first segment has no memory yet.
+    close(actual[0][:LENGTH], score(model, IDS)[0, :LENGTH])
+    assert (actual[0] - score(model, IDS)[0])[LENGTH:].abs().max() > 1e-2
+
+
+def test_the_last_memory_of_a_shorter_text_stays():
+    model, short = patched_model(overlap=0, sink_tokens=0), random_ids(1, 12, seed=7)
+    actual = read_as(model, "other", IDS, short)
+    cache = prefill(model, short, progress=False)
+    # Twelve tokens are a segment that is written and an open one, which nobody else can read.
+    memory = [layer.memory for layer in cache.infini_layers.values()]
+    alone = prefill(model, short[:, :LENGTH], progress=False)
+    assert all(map(torch.equal, memory, (layer.memory for layer in alone.infini_layers.values())))
+    expected = score(model, IDS[:, 24:33], cache=alone)[0, :LENGTH]
+    close(actual[24:32], expected)
+
+
+def test_a_single_text_has_no_other():
+    with pytest.raises(ValueError, match="one text only"):
+        read_as(patched_model(), "other")
+
+
+# Full attention of the stock model.
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gemma3_text"])
+@pytest.mark.parametrize(("window", "stride"), [(10, 5), (10, 3), (12, 12), (7, 1), (100, 50)])
+def test_full_attention_slides_and_every_token_is_counted_once(family, window, stride):
+    total, stock_model, expected = IDS.shape[1] - 1, build(family), []
+    for place in range(total):
+        steps = max(0, math.ceil((place + 1 - window) / stride))
+        end = min(total, window + steps * stride)
+        start = max(0, end - window)
+        assert start == 0 or place + 1 - start >= min(window - stride, place)
+        expected.append(loss_of(stock_model, IDS[:, start : place + 1], IDS[0, place + 1]))
+    close(read_as(patched_model(family), f"full:window={window}:stride={stride}"), expected)
+
+
+def test_its_window_is_that_of_training_and_its_stride_half_of_it():
+    model = build_patched(segment_length=LENGTH, overrides={"max_position_embeddings": 10})
+    assert torch.equal(read_as(model, "full"), read_as(model, "full:window=10:stride=5"))
+    assert len(read_as(model, "full_past")) == 40
+
+
+def test_past_its_window_full_attention_is_one_prefix():
+    stock_model, model = build(), patched_model()
+    with torch.no_grad():
+        logits = stock_model(IDS[:, :30], use_cache=False).logits[0]
+    close(read_as(model, "full_past:length=30"), F.cross_entropy(logits, IDS[0, 1:31], reduction="none"))
+    assert len(read_as(model, "full_past:length=400")) == IDS.shape[1] - 1
+
+
+# What holds for all.
+
+
+@pytest.mark.parametrize("gate", ["tanh", "sigmoid"])
+def test_after_every_way_the_model_is_what_it_was(gate):
+    model = patched_model(gate=gate)
+    before, gates, patch = score(model, IDS), gate_parameters(model), dict(model.config.infini_attention)
+    for name in OPTIONS:
+        read_texts(model, Way.parse({"overlap": "overlap:sinks=1"}.get(name, name)), [IDS, IDS], progress=False)
+        assert torch.equal(score(model, IDS), before), name
+    with pytest.raises(KeyError, match="inside"), stock(model):
+        raise KeyError("inside")
+    assert torch.equal(score(model, IDS), before)
+    assert all(parameter is gates[name] for name, parameter in gate_parameters(model).items())
+    assert model.config.infini_attention == patch
+
+
+def test_a_calibrated_memory_comes_back_calibrated():
+    model = patched_model()
+    for layer in model.model.layers:
+        attention = layer.self_attn
+        queries, keys = torch.randn(6, 8), torch.randn(3, 8)
+        attention.memory_gate.set_shifts(queries, keys)
+    before = score(model, IDS)
+    read_as(model, "full")
+    assert torch.equal(score(model, IDS), before)
+
+
+@pytest.mark.parametrize("length", [1, 2])
+@pytest.mark.parametrize("way", ["memory", "hard", "other", "full", "full_past"])
+def test_short_texts_have_as_many_losses_as_tokens_to_predict(way, length):
+    assert len(read_as(patched_model(), way, IDS[:, :length], IDS)) == length - 1
+
+
+def test_inside_the_first_segment_all_ways_agree():
+    model = patched_model()
+    for way in ("closed", "hard", "txl", "full", "full_past", "overlap:sinks=1"):
+        close(read_as(model, way)[:LENGTH], read_as(model, "memory")[:LENGTH])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("local", "'local': must be one of memory, closed, hard"),
+        ("hard:overlap=4", "'overlap=4' is no option of 'hard'; it takes segment=TOKENS"),
+        ("closed:segment", "'segment' is no option"),
+        ("full:window=-4", "'window=-4' is no option"),
+        ("full:stride=0", "at least 1"),
+        ("overlap", "name the overlap or the sinks, as in overlap:overlap=128"),
+    ],
+)
+def test_a_way_that_is_none_is_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        Way.parse(text)
+
+
+def test_a_window_that_is_none_is_refused():
+    model = patched_model()
+    with pytest.raises(ValueError, match="overlap=9: must be at most segment_length=8"):
+        read_as(model, "overlap:overlap=9")
+    with pytest.raises(ValueError, match="a stride of 20 passes over tokens; at most window=10"):
+        read_as(model, "full:window=10:stride=20")
+
+
+# The script.
+
+
+def script():
+    spec = importlib.util.spec_from_file_location("script_evaluate_ways", ROOT / "scripts" / "evaluate.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def write_texts(folder, words=(200, 300)):
+    for number, count in enumerate(words):
+        text = " ".join(f"The river {'rose' if place % 3 else 'fell'} again." for place in range(count // 4 + number))
+        (folder / f"{number}.txt").write_text(text, encoding="utf-8")
+
+
+def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
+    (tmp_path / "novels").mkdir()
+    write_texts(tmp_path / "novels")
+    output = tmp_path / "out" / "ways.md"
+    ways = [
+        "memory",
+        "closed:overlap=0",
+        "hard:segment=32",
+        "other",
+        "full:window=64:stride=16",
+        "full_past:length=80",
+    ]
+    options = ["--source", tmp_path / "novels", "--segment_length", 64, "--dtype", "float32", "--device", "cpu"]
+    options += ["--overlap", 8, "--first_edge", 64, "--output", output, "--ways", *ways]
+    figure = ["--figure_ways", "memory", "full_past:length=80"] if importlib.util.find_spec("matplotlib") else []
+    numbers = script().main(list(map(str, [*options, *figure])))
+    assert json.loads(output.with_suffix(".json").read_text(encoding="utf-8")) == numbers
+    assert list(numbers["losses"]) == ways
+    assert numbers["edges"][:4] == [0, 64, 80, 128]
+    past = numbers["losses"]["full_past:length=80"]
+    assert None not in past[:2]
+    assert set(past[2:]) == {None}
+    assert numbers["beyond"] == 64
+    rows = {row["way"]: row for row in numbers["comparison"]}
+    # Roles go to whatever options a way has; gates that are still shut have a memory that says nothing.
+    assert rows["closed:overlap=0"]["ratio"] is None
+    assert rows["memory"]["perplexity"] == pytest.approx(rows["other"]["perplexity"], rel=1e-5)
+    means = numbers["documents"]["memory"]
+    assert len(means) == 2
+    assert "Beyond the first segment: memory" in output.read_text(encoding="utf-8")
+    if figure:
+        assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--ways", "memory", "mem"], "way 'mem': must be one of"),
+        (["--figure_ways", "hard", "--output", "out.md"], r"figure_ways: \['hard'\] are not among"),
+        (["--figure", "true"], "figure: name an output"),
+        (["--model", "tiny-llama", "--segment_length", "64", "--ways", "overlap:overlap=65"], "overlap=65"),
+    ],
+)
+def test_the_script_refuses_before_it_reads(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        script().main(["--source", str(tmp_path / "nothing"), *options])
