@@ -1,6 +1,7 @@
 """Teach a patched model to remember: facts hidden in novels and grass filler, rows of at most a few thousand tokens.
 
-    python scripts/finetune_memory.py --config configs/pretrain/tiny_llama_infini.yaml --train_folder NOVELS/train
+    python scripts/finetune_memory.py --config configs/pretrain/tiny_llama_infini_passkey.yaml \\
+        --train_folder NOVELS/train
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`.
@@ -8,17 +9,17 @@ whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `
 
 import dataclasses
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from transformers import set_seed
 
-from infini_hf import InfiniTrainer, InfiniTrainingArguments
+from infini_hf import InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
 from infini_hf.calibration import calibrate_memory
-from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
-from infini_hf.cli.script_arguments import ModelArguments
+from infini_hf.cli.errors import run_script
+from infini_hf.cli.run_training import train_and_report
+from infini_hf.cli.script_arguments import ModelArguments, command_line
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
 
@@ -59,10 +60,10 @@ def main(argv=None):
         row_args.style(),
         args.seed,
     )
-    trainer = InfiniTrainer(model=model, args=args, train_dataset=rows, processing_class=tokenizer)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint or last_whole_checkpoint(args.output_dir))
-    trainer.save_model(str(Path(args.output_dir) / "final"))
+    data = f"facts hidden in {row_args.train_folder} and in grass filler"
+    command = command_line("scripts/finetune_memory.py", argv)
+    return train_and_report(args, model, tokenizer, rows, None, model_args.model, data, command)
 
 
 if __name__ == "__main__":
-    main()
+    run_script(main)

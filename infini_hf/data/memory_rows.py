@@ -5,8 +5,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .needles import GRASS, JOINERS, PASSKEY_HEADER, draw_facts, passkey_fact
+from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, draw_named_facts, passkey_fact
 from .needles import draw_key as draw_passkey
+
+# Tokens that a named fact with its question and some filler take, and a brief one.
+FACT_ROOM, BRIEF_ROOM = 72, 26
 
 
 @dataclass(frozen=True)
@@ -19,12 +22,24 @@ class MemoryRowStyle:
         grass_fraction (`float`, *optional*, defaults to `0.3`): share of rows in the benchmark's filler.
         passkey_fraction (`float`, *optional*, defaults to `0.7`): share of rows with one passkey; the others have
             named facts, all of them asked for.
-        most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row.
+        most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row; in a short row, what it has
+            room for.
+        dense (`bool`, *optional*, defaults to `False`): as many facts in a row as it has room for, up to `most_facts`:
+            the most questions for the time.
+        brief_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named facts whose facts and
+            questions are as brief as can be: what is said of a name is told apart by it sooner.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
         rows_alike (`int`, *optional*, defaults to `16`): so many rows in turn are equally long: a batch of them
             holds no padding.
         answer_weight (`float`, *optional*, defaults to `2.0`): how often the mean loss of the answers counts beside
             the mean loss of all tokens.
+        first_token_weight (`float`, *optional*, defaults to `1.0`): how often the first token of an answer counts
+            beside each of the others, which can be found by what they follow, whoever is asked for.
+        novel_lanes (`int`, *optional*, defaults to `0`): of every `rows_alike` rows the first so many read on in a
+            novel, where the last `rows_alike` rows left it; for `carry_memory`, batches of `rows_alike` rows, and
+            `train_sampling_strategy="sequential"`.
+        longest_reading (`int`, *optional*, defaults to `65536`): tokens of the longest such reading; their lengths are
+            log-uniform from the longest row on.
     """
 
     least_segments: int = 2
@@ -32,9 +47,14 @@ class MemoryRowStyle:
     grass_fraction: float = 0.3
     passkey_fraction: float = 0.7
     most_facts: int = 4
+    dense: bool = False
+    brief_fraction: float = 0.0
     most_digits: int = 7
     rows_alike: int = 16
     answer_weight: float = 2.0
+    first_token_weight: float = 1.0
+    novel_lanes: int = 0
+    longest_reading: int = 65_536
 
 
 class MemoryRows(torch.utils.data.Dataset):
@@ -51,7 +71,11 @@ class MemoryRows(torch.utils.data.Dataset):
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
 
     Each item is `{"input_ids", "labels", "loss_weights"}`, tensors `(seq_len,)` of int64, int64, float32: the labels
-    are the ids, the weight of an answer's tokens is above 1.
+    are the ids, the weight of an answer's tokens is above 1. With `novel_lanes` it has `document`, `part` (what reads
+    on where) and `dilute` (whether the row's writes may be scaled: not those of a novel, whose memory is carried on).
+
+    Raises:
+        ValueError: when there is too little text, or `novel_lanes` leave no row for facts.
     """
 
     def __init__(self, texts, tokenizer, rows, segment_length, style=MemoryRowStyle(), seed=0):
@@ -59,49 +83,78 @@ class MemoryRows(torch.utils.data.Dataset):
         self.style, self.seed = style, seed
         self.novels = np.concatenate([self._encode(text) for text in texts])
         self.grass = self._encode((GRASS + " ") * 8)
+        self.space = self._encode(" ")[0]
         longest = style.most_segments * segment_length
+        if not 0 <= style.novel_lanes < style.rows_alike:
+            raise ValueError(
+                f"novel_lanes={style.novel_lanes}: must be at least 0 and below rows_alike={style.rows_alike}"
+            )
         if len(self.novels) <= longest:
             raise ValueError(f"the texts hold {len(self.novels)} tokens, rows up to {longest}: give more text")
         # So that a haystack of grass can begin anywhere.
         self.grass = np.tile(self.grass, 2 + longest // len(self.grass))
+        batches = -(-rows // style.rows_alike)
+        self.lengths = [self._draw_length(batch) for batch in range(batches)]
+        self.lanes = [
+            readings(np.random.default_rng([seed, 2, lane]), self.lengths, len(self.novels), longest, style)
+            for lane in range(style.novel_lanes)
+        ]
+
+    def _draw_length(self, batch):
+        rng = np.random.default_rng([self.seed, 1, batch])
+        return int(rng.integers(self.style.least_segments, self.style.most_segments + 1)) * self.segment_length
 
     def __len__(self):
         return self.rows
 
     def __getitem__(self, index):
+        batch, lane = divmod(index, self.style.rows_alike)
+        length = self.lengths[batch]
+        if lane < self.style.novel_lanes:
+            return self._novel_row(*self.lanes[lane][batch], lane, length)
         rng = np.random.default_rng([self.seed, index])
         style = self.style
-        alike = np.random.default_rng([self.seed, 1, index // style.rows_alike])
-        length = int(alike.integers(style.least_segments, style.most_segments + 1)) * self.segment_length
         joiner = str(rng.choice(JOINERS))
-        facts = self._draw_facts(rng)
+        facts = self._draw_facts(rng, length)
         questions = [self._question(facts[i], joiner) for i in rng.permutation(len(facts))]
         room = length - sum(len(ids) for ids, _ in questions)
         body = self._haystack(rng, facts, joiner, room)
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
-        answers = np.concatenate([np.zeros(len(body), bool), *(answer for _, answer in questions)])
+        answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
-        ids = torch.from_numpy(ids.astype(np.int64))
-        return {"input_ids": ids, "labels": ids.clone(), "loss_weights": torch.from_numpy(weights.astype(np.float32))}
+        place = {"document": -1 - index, "part": 0, "dilute": True} if style.novel_lanes else {}
+        return {**as_row(ids, weights), **place}
 
-    def _draw_facts(self, rng):
+    def _novel_row(self, reading, part, start, lane, length):
+        # Readings of all lanes have numbers of their own.
+        document = reading * self.style.novel_lanes + lane
+        ids = self.novels[start : start + length]
+        return {**as_row(ids, np.ones(length)), "document": document, "part": part, "dilute": False}
+
+    def _draw_facts(self, rng, length):
         style = self.style
         if rng.random() < style.passkey_fraction:
             # Mostly the five digits of the benchmark.
             digits = 5 if rng.random() < 0.7 else int(rng.integers(5, style.most_digits + 1))
             return [passkey_fact(draw_passkey(rng, digits))]
-        count = int(rng.integers(1, style.most_facts + 1))
-        return draw_facts(rng, count, most_digits=style.most_digits)
+        brief = rng.random() < style.brief_fraction
+        most = max(1, min(style.most_facts, length // (BRIEF_ROOM if brief else FACT_ROOM)))
+        count = most if style.dense else int(rng.integers(1, most + 1))
+        facts = draw_named_facts(rng, count, most_digits=style.most_digits)
+        return [brief_fact(fact) for fact in facts] if brief else facts
 
     def _encode(self, text):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         return np.asarray(ids, dtype=np.int32)
 
     def _question(self, fact, joiner):
-        """Ids of a question with its answer, and which of them are the answer."""
+        """Ids of a question with its answer, and what each of them counts as a part of the answer."""
         asked, answer, end = (self._encode(text) for text in (joiner + fact.prompt, " " + fact.answer, "."))
-        marks = np.zeros(len(asked) + len(answer) + len(end), bool)
-        marks[len(asked) : len(asked) + len(answer)] = True
+        # The space before digits is a token of its own, and nothing that was remembered.
+        space = int(len(answer) > 1 and answer[0] == self.space)
+        marks = np.zeros(len(asked) + len(answer) + len(end))
+        marks[len(asked) + space : len(asked) + len(answer)] = 1.0
+        marks[len(asked) + space] = self.style.first_token_weight
         return np.concatenate([asked, answer, end]), marks
 
     def _haystack(self, rng, facts, joiner, room):
@@ -121,3 +174,23 @@ class MemoryRows(torch.utils.data.Dataset):
             last = cut
         # Facts that are too long for the shortest row push its beginning out.
         return np.concatenate([*pieces, filler[last:]])[-room:]
+
+
+def as_row(ids, weights):
+    """The columns of a row of which every token is learned."""
+    ids = torch.from_numpy(ids.astype(np.int64))
+    return {"input_ids": ids, "labels": ids.clone(), "loss_weights": torch.from_numpy(weights.astype(np.float32))}
+
+
+def readings(rng, lengths, tokens, longest, style):
+    """Where a lane reads: for each row its reading, its part of it, and its first token among `tokens`."""
+    places, reading, part, start, end = [], -1, 0, 0, 0
+    for length in lengths:
+        if start + length > end:
+            size = int(longest * (max(longest, style.longest_reading) / longest) ** rng.random())
+            size = min(size, tokens - 1)
+            reading, part, start = reading + 1, 0, int(rng.integers(0, tokens - size))
+            end = start + size
+        places.append((reading, part, start))
+        part, start = part + 1, start + length
+    return places

@@ -86,6 +86,12 @@ def named_word_fact(name, word):
     )
 
 
+def brief_fact(fact):
+    """What a named fact comes down to: `Ada is 12345.`"""
+    name = fact.prompt.split()[-2]
+    return Fact(f"{name} is {fact.answer}.", f"{name} is", fact.answer)
+
+
 def grass_filler(characters, offset=0):
     """`characters` characters of the benchmark's repeated sentence, from `offset` on (it may begin mid-sentence)."""
     unit = GRASS + " "
@@ -115,6 +121,16 @@ def draw_facts(rng, count, split="train", most_digits=7):
     kind = "passkey" if count == 1 and rng.random() < 0.5 else str(rng.choice(["key", "word"]))
     if kind == "passkey":
         return [passkey_fact(draw_key(rng, int(rng.integers(5, most_digits + 1)), split))]
+    return facts_of_kind(rng, kind, count, split, most_digits)
+
+
+def draw_named_facts(rng, count, split="train", most_digits=7):
+    """`count` facts of one random kind, keys or words, that belong to distinct names."""
+    return facts_of_kind(rng, str(rng.choice(["key", "word"])), count, split, most_digits)
+
+
+def facts_of_kind(rng, kind, count, split, most_digits):
+    """`count` facts of the kind `"key"` or `"word"`, of distinct names and values."""
     names = rng.choice(NAMES, count, replace=False)
     if kind == "key":
         return [named_key_fact(name, draw_key(rng, int(rng.integers(5, most_digits + 1)), split)) for name in names]

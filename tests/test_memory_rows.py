@@ -1,0 +1,107 @@
+"""Rows that teach a memory: what they hold, what counts, and who reads on where."""
+
+import pytest
+import torch
+
+from infini_hf.data.base_rows import train_tokenizer
+from infini_hf.data.collator import InfiniCollator
+from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+from infini_hf.data.needles import GRASS
+
+PROSE = "".join(
+    f"Chapter {n}. The house at the end of the lane had {n * 7} windows, and nobody lived there. " for n in range(200)
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer([PROSE, GRASS, "What is the pass key? The pass key is 12345. Remember it."], vocab_size=320)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_memory_rows_are_whole_segments_that_end_with_the_answers(tokenizer, fraction):
+    style = MemoryRowStyle(
+        least_segments=8, most_segments=20, passkey_fraction=fraction, rows_alike=4, answer_weight=3.0
+    )
+    rows = MemoryRows([PROSE], tokenizer, 40, 32, style)
+    lengths = []
+    for index in range(40):
+        row = rows[index]
+        length = len(row["input_ids"])
+        lengths.append(length)
+        assert length % 32 == 0
+        assert 8 * 32 <= length <= 20 * 32
+        assert torch.equal(row["labels"], row["input_ids"])
+        marked = row["loss_weights"] > 1
+        text, runs = tokenizer.decode(row["input_ids"]), (torch.diff(marked.long()) > 0).cumsum(0)
+        # Each run of marked tokens is an answer.
+        marks = [torch.cat([torch.zeros(1, dtype=torch.bool), runs == run]) & marked for run in runs.unique()]
+        answers = [tokenizer.decode(row["input_ids"][mark]).strip() for mark in marks if mark.any()]
+        assert answers
+        for answer in answers:
+            assert text.count(answer) >= (3 if fraction else 2), (answer, text)
+        # All answers together count `answer_weight` times the whole row beside it.
+        assert (row["loss_weights"] - 1).sum().item() == pytest.approx(3.0 * length, rel=1e-4)
+        assert torch.equal(row["input_ids"], rows[index]["input_ids"])
+    groups = [set(lengths[start : start + 4]) for start in range(0, 40, 4)]
+    assert all(len(group) == 1 for group in groups)
+    assert len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize("first", [1.0, 4.0])
+def test_the_first_token_of_an_answer_counts_as_told(tokenizer, first):
+    style = MemoryRowStyle(least_segments=8, most_segments=8, passkey_fraction=1.0, first_token_weight=first)
+    for row in (MemoryRows([PROSE], tokenizer, 8, 32, style)[index] for index in range(8)):
+        extra = row["loss_weights"] - 1
+        marked = extra[extra > 0]
+        answer = tokenizer.decode(row["input_ids"][extra > 0])
+        assert answer.isdigit()
+        torch.testing.assert_close(marked[0], first * marked[1], rtol=1e-5, atol=0)
+        torch.testing.assert_close(marked[1:], marked[1:2].expand(len(marked) - 1), rtol=1e-5, atol=0)
+
+
+def test_dense_rows_hold_as_many_facts_as_they_have_room_for(tokenizer):
+    common = {"least_segments": 12, "most_segments": 12, "passkey_fraction": 0.0, "most_facts": 5}
+    asked = {}
+    for dense in (False, True):
+        rows = MemoryRows([PROSE], tokenizer, 24, 32, MemoryRowStyle(dense=dense, **common))
+        asked[dense] = [tokenizer.decode(rows[index]["input_ids"]).count("What is the") for index in range(24)]
+    # 384 tokens have room for five facts.
+    assert set(asked[True]) == {5}
+    assert len(set(asked[False])) > 2
+
+
+def test_novel_lanes_read_on_where_they_stopped(tokenizer):
+    style = MemoryRowStyle(
+        least_segments=4, most_segments=8, rows_alike=4, novel_lanes=2, longest_reading=1024, passkey_fraction=1.0
+    )
+    rows = MemoryRows([PROSE], tokenizer, 80, 32, style)
+    novels = torch.from_numpy(rows.novels).long()
+    for lane in range(2):
+        read, before = [], None
+        for batch in range(20):
+            row = rows[4 * batch + lane]
+            assert not row["dilute"]
+            assert (row["loss_weights"] == 1).all()
+            if row["part"]:
+                assert (row["document"], row["part"]) == (before[0], before[1] + 1)
+            else:
+                assert before is None or row["document"] != before[0]
+                read.append([])
+            before = row["document"], row["part"]
+            read[-1].append(row["input_ids"])
+        assert max(map(len, read)) > 1
+        for reading in map(torch.cat, read):
+            # Every reading is one stretch of the novels.
+            starts = (novels[: len(novels) - len(reading) + 1] == reading[0]).nonzero()[:, 0].tolist()
+            assert any(torch.equal(novels[start : start + len(reading)], reading) for start in starts)
+    documents = [rows[index]["document"] for index in range(80) if rows[index]["part"] == 0]
+    assert len(set(documents)) == len(documents)
+    assert all(rows[index]["dilute"] for index in range(80) if index % 4 >= 2)
+    batch = InfiniCollator(tokenizer)([rows[index] for index in range(4)])
+    assert batch["dilute"].tolist() == [False, False, True, True]
+
+
+def test_novel_lanes_leave_room_for_facts(tokenizer):
+    with pytest.raises(ValueError, match="novel_lanes=16"):
+        MemoryRows([PROSE], tokenizer, 16, 32, MemoryRowStyle(novel_lanes=16))
