@@ -1,6 +1,5 @@
 """What training watches: the gates, the memory, the gradient that reaches the writes; and where the lanes stand."""
 
-import contextlib
 import logging
 from collections import defaultdict
 from pathlib import Path
@@ -10,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from .gate import ACTIVATIONS, MemoryGate
+from .sharding import gathered
 
 logger = logging.getLogger(__name__)
 
@@ -198,18 +198,6 @@ def gate_values(model):
             bias = gate.bias.full_tensor() if isinstance(gate.bias, DTensor) else gate.bias
             values[index] = ACTIVATIONS[gate.kind](bias.float()).cpu()
     return values
-
-
-def gathered(parameters, modifier_rank=None):
-    """A context in which parameters that ZeRO-3 divides over the ranks are whole: every rank has to enter it.
-
-    What is written to them stays where `modifier_rank` is the rank that wrote; other parameters are as they are.
-    """
-    if not any(hasattr(parameter, "ds_id") for parameter in parameters):
-        return contextlib.nullcontext()
-    from deepspeed import zero
-
-    return zero.GatheredParameters(parameters, modifier_rank=modifier_rank)
 
 
 def draw_gates(values, path):

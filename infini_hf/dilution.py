@@ -9,7 +9,7 @@ from collections import deque
 import numpy as np
 import torch
 
-RAMPS = ("clock", "accuracy")
+RAMPS = ("clock", "accuracy", "none")
 # The clock: no dilution before retrieval can have been learned, the whole of it for the last part.
 FIRST, LAST = 0.3, 0.7
 # Answers that a running accuracy is taken over.
@@ -23,7 +23,8 @@ class MemoryDilution:
         highest (`float`): the most that a write is scaled by at the end of the ramp; 1 is off.
         probability (`float`): share of a row's segments whose write is scaled.
         ramp (`str`): `"clock"` raises the scale between 30 % and 70 % of the steps, log-linearly; `"accuracy"` doubles
-            it whenever the running accuracy of the answers passes `threshold`.
+            it whenever the running accuracy of the answers passes `threshold`; `"none"` begins with the whole of it,
+            for a model that retrieves already.
         threshold (`float`): that accuracy, of 1.
     """
 
@@ -36,6 +37,8 @@ class MemoryDilution:
         if self.ramp == "clock":
             share = min(1.0, max(0.0, (progress - FIRST) / (LAST - FIRST)))
             self.strength = self.highest**share
+        elif self.ramp == "none":
+            self.strength = self.highest
 
     def note(self, correct, asked):
         """Count the answers of a step, and double the strength when enough of the last ones were right."""

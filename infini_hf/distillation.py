@@ -11,6 +11,7 @@ import torch
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .output_head import logits_of
 from .patching import is_patched
 from .segment_step import IGNORED
 
@@ -45,8 +46,6 @@ class Distillation:
         self.teacher, self.weight, self.temperature = teacher.eval(), weight, temperature
         config = teacher.config.get_text_config(decoder=True)
         self.positions, self.vocabulary = config.max_position_embeddings, config.vocab_size
-        # What Gemma 2 does to its logits.
-        self.softcap = config.to_dict().get("final_logit_softcapping")
         # Of every step since the last log, nats a token.
         self.steps = []
         self.check_head()
@@ -83,8 +82,7 @@ class Distillation:
 
     def head(self, hidden):
         """The teacher's logits, float32, for hidden states `(..., hidden_size)`."""
-        logits = self.teacher.get_output_embeddings()(hidden)
-        return (logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)).float()
+        return logits_of(self.teacher, hidden)
 
     @torch.no_grad()
     def read(self, segments):

@@ -60,23 +60,12 @@ def patch_model(model, config=None):
         )
     if is_patched(model):
         raise ValueError(f"this {type(model).__name__} is patched already: call unpatch_model(model) first")
-    family = family_of(model.config)
     if "infini_attention" in vars(model.config):
         logger.warning(
             "the config says that this checkpoint was patched before: its gates were dropped when it was loaded as a "
             "stock model, and now start at zero; AutoInfiniModelForCausalLM.from_pretrained loads them"
         )
-    layers = choose_layers(model, config)
-    decoder = model.get_decoder()
-    attentions = [decoder.layers[index].self_attn for index in layers]
-    for attention in attentions:
-        check_layer(attention, family.attention)
-    for attention in attentions:
-        patch_layer(attention, family.attention, config)
-    own_config(model).infini_attention = config.to_dict()
-    decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
-    # A partial, unlike a bound method, survives pickling under another name than its function.
-    model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
+    layers = install_patch(model, config)
     warn_of_window(model, config)
     logger.info(
         "patched %d of %d layers of %s: segments of %d tokens, %s update, %s features, %s gate, overlap %d, sinks %d",
@@ -91,6 +80,23 @@ def patch_model(model, config=None):
         config.sink_tokens,
     )
     return model
+
+
+def install_patch(model, config):
+    """What [`patch_model`] does to a stock model, without a word; the indices of the layers that it has changed."""
+    family = family_of(model.config)
+    layers = choose_layers(model, config)
+    decoder = model.get_decoder()
+    attentions = [decoder.layers[index].self_attn for index in layers]
+    for attention in attentions:
+        check_layer(attention, family.attention)
+    for attention in attentions:
+        patch_layer(attention, family.attention, config)
+    own_config(model).infini_attention = config.to_dict()
+    decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
+    # A partial, unlike a bound method, survives pickling under another name than its function.
+    model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
+    return layers
 
 
 def unpatch_model(model):

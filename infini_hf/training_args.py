@@ -33,7 +33,8 @@ class InfiniTrainingArguments(TrainingArguments):
             Share of the segments whose write is scaled.
         memory_dilution_ramp (`str`, *optional*, defaults to `"clock"`):
             `"clock"` raises the scale log-linearly between 30 % and 70 % of the steps; `"accuracy"` doubles it when
-            the running accuracy of emphasised targets (those with a `loss_weights` above 1) passes the threshold.
+            the running accuracy of emphasised targets (those with a `loss_weights` above 1) passes the threshold;
+            `"none"` begins with the whole scale, for a model that retrieves already.
         memory_dilution_threshold (`float`, *optional*, defaults to `0.9`):
             That accuracy, of 1.
         distillation_weight (`float`, *optional*):
@@ -74,7 +75,7 @@ class InfiniTrainingArguments(TrainingArguments):
         default=0.5, metadata={"help": "Share of the segments whose write is scaled."}
     )
     memory_dilution_ramp: str = field(
-        default="clock", metadata={"help": "clock, or accuracy: doubled whenever the answers are right."}
+        default="clock", metadata={"help": "clock, accuracy (doubled whenever the answers are right), or none."}
     )
     memory_dilution_threshold: float = field(
         default=0.9, metadata={"help": "Running accuracy at which memory_dilution_ramp=accuracy doubles the scale."}

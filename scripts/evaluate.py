@@ -26,7 +26,7 @@ from infini_hf.evaluation.comparison import compare, comparison_lines
 from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
 from infini_hf.evaluation.rouge import rouge_scores
-from infini_hf.evaluation.ways import Way, read_texts
+from infini_hf.evaluation.ways import Way, losses_of_texts
 
 
 @dataclass
@@ -55,9 +55,6 @@ class EvaluationArguments:
     beyond: int | None = field(
         default=None, metadata={"help": "first position of the comparison; default: the longest segment of the ways"}
     )
-    full_attention_up_to: int = field(
-        default=0, metadata={"help": "adds the way full with this window; 0 leaves it to ways"}
-    )
     figure: bool = field(default=False, metadata={"help": "draw the curves as PNG beside the output"})
     figure_ways: list[str] = field(default_factory=list, metadata={"help": "ways in the figure; all by default"})
     predictions: list[str] = field(default_factory=list, metadata={"help": "JSONL files of summarize.py"})
@@ -65,10 +62,8 @@ class EvaluationArguments:
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; the best one by default"})
 
     def parsed_ways(self):
-        """The ways to read, checked before anything is loaded; `full` is a name of its own in tables."""
+        """The ways to read, checked before anything is loaded."""
         ways = {text: Way.parse(text) for text in self.ways}
-        if self.full_attention_up_to:
-            ways.setdefault("full", Way("full", "full", {"window": self.full_attention_up_to}))
         missing = sorted(set(self.figure_ways) - set(ways))
         if missing:
             raise ValueError(f"figure_ways: {missing} are not among the ways {list(ways)}")
@@ -93,7 +88,7 @@ def perplexity(model_args, args):
     segments = [way.window(patch).segment_length for way in ways if way.patched]
     reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
     texts = texts_of(tokenizer, args)
-    losses = {way.text: read_texts(model, way, texts) for way in ways}
+    losses = {way.text: losses_of_texts(model, way, texts) for way in ways}
     longest = max(ids.shape[1] for ids in texts) - 1
     # A way that ends early has a span of its own, or its last one would mean other tokens than its neighbours'.
     edges = sorted({*doubling_edges(longest, args.first_edge), *(min(reach, longest) for reach in reaches)})

@@ -1,6 +1,6 @@
 """Teach a patched model to remember: facts hidden in novels and grass filler, rows of at most a few thousand tokens.
 
-    python scripts/finetune_memory.py --config configs/pretrain/tiny_llama_infini_passkey.yaml \\
+    python scripts/finetune_memory.py --config configs/pretrain/tiny_llama_infini_1_passkey.yaml \\
         --train_folder NOVELS/train
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
@@ -22,6 +22,7 @@ from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import ModelArguments, command_line
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+from infini_hf.gate import MemoryGate
 
 
 @dataclass(frozen=True)
@@ -30,13 +31,18 @@ class RowArguments(MemoryRowStyle):
 
     calibration_tokens: int = field(
         default=16_384,
-        metadata={"help": "tokens of the novels that feature_map exp is calibrated on; 0 leaves it out"},
+        metadata={"help": "tokens of the novels that feature_map exp is calibrated on, once; 0 leaves it out"},
     )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
     def style(self):
         names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
         return MemoryRowStyle(**{name: getattr(self, name) for name in names})
+
+
+def centered(model):
+    """Whether a model was calibrated before: its weights have learned with the shifts it has."""
+    return any(gate.query_shift is not None for gate in model.modules() if isinstance(gate, MemoryGate))
 
 
 def main(argv=None):
@@ -46,7 +52,7 @@ def main(argv=None):
     set_seed(args.seed)
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
-    if row_args.calibration_tokens and infini_config_of(model.config).feature_map == "exp":
+    if row_args.calibration_tokens and infini_config_of(model.config).feature_map == "exp" and not centered(model):
         share = row_args.calibration_tokens // len(texts)
         # From inside each novel: the beginnings are titles and prefaces.
         pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]

@@ -1,6 +1,6 @@
 """Store a model with a trained memory as it ships, in bfloat16 with gates in float32, and write its model card.
 
-    python scripts/publish_memory.py --model outputs/tiny-llama-infini-3/final --output outputs/published
+    python scripts/publish_memory.py --model outputs/tiny-llama-infini-2/final --output outputs/published
     infini-hf passkey outputs/published --haystack NOVELS/validation --lengths 32k --output outputs/passkey.jsonl
     python scripts/publish_memory.py --output outputs/published --samples outputs/passkey.jsonl
 
@@ -8,20 +8,22 @@ The weights come first, since what is measured has to be what ships. The card th
 of `infini-hf passkey`, and those of `scripts/evaluate.py`, with the commands that made them.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
+import yaml
 from transformers import AutoTokenizer
 
 from infini_hf import AutoInfiniModelForCausalLM
 from infini_hf.cache import infini_config_of
+from infini_hf.callbacks import gate_values
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_file, find_model
+from infini_hf.data.memory_rows import MemoryRowStyle
 from infini_hf.evaluation.needles.samples import SampleFile
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
-from infini_hf.gate import MemoryGate
 
 CARD = """---
 language: en
@@ -34,26 +36,16 @@ tags: [infini-attention, llama]
 
 A Llama of {parameters:,} parameters whose self-attention is Infini-attention: local attention over segments of
 {segment_length} tokens (overlap {overlap}), and a compressive memory of {state} that holds everything before them
-(rule {memory_update}, feature map {feature_map}, gate {gate}). It finds what it was told a million tokens ago, and
-knows nothing else.
+(rule {memory_update}, feature map {feature_map}, gate {gate}). A model of this size knows nothing; what it
+remembers is measured below.
 
     infini-hf demo
 
 ## Training
 
-From `tiny-llama`, three stages of `scripts/finetune_memory.py` with the configs in `configs/pretrain`; each says which
-checkpoint it goes on from, its launch command and its time. No input was longer than 768 tokens.
+{recipe}
 
-| stage | rows | steps | what it teaches |
-|---|---|---|---|
-| `tiny_llama_infini_1_names` | 32 × 256 tokens, one segment | 225 | facts told apart by name, by local attention |
-| `tiny_llama_infini_2_memory` | 24 × 256 to 640 tokens, segments of 128 | 275 | the same through the memory |
-| `tiny_llama_infini_3_dilution` | 24 × 256 to 768 tokens | 340 | dilution to 4,096; a quarter reads novels on |
-
-Data: the 60 novels of `tiny-llama` and grass filler, with passkeys, keys and words that belong to names hidden in
-them. One key in ten is kept for tests.
-
-Gates, tanh of the trained value, from layer to layer (mean over heads, then the least and the greatest): {gates}
+Share of the memory in the output, layer by layer (mean over the heads; least to greatest): {gates}
 
 ## Measured
 """
@@ -67,6 +59,7 @@ class PublishArguments:
     model: str | None = field(
         default=None, metadata={"help": "the trained model; without it only the card is written"}
     )
+    configs: list[str] = field(default_factory=list, metadata={"help": "YAML files of the stages, in order"})
     name: str | None = field(default=None, metadata={"help": "name on the card; by default that of the folder"})
     samples: list[str] = field(default_factory=list, metadata={"help": "JSONL files of `infini-hf passkey`"})
     tables: list[str] = field(default_factory=list, metadata={"help": "markdown files of scripts/evaluate.py"})
@@ -82,16 +75,45 @@ def store(model, output):
         file.chmod(0o644)
 
 
-def card(output, name):
+def recipe(configs):
+    """How the model was trained, from the YAML files of its stages."""
+    lines = ["`NOVELS/train` is a folder of plain-text novels; each stage goes on from the one before.", ""]
+    rows = ["| stage | from | rows | steps | what |", "|---|---|---|---|---|"]
+    for path in configs:
+        stage = yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8"))
+        lines += [f"    python scripts/finetune_memory.py --config {path} \\", "        --train_folder NOVELS/train"]
+        style = {**asdict(MemoryRowStyle()), **stage}
+        length = stage.get("segment_length", 128)
+        shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
+        what = [
+            f"dilution to {stage.get('memory_dilution', 1):,}",
+            f"passkeys in {style['passkey_fraction']:.0%} of the rows with facts",
+        ]
+        if style["novel_lanes"]:
+            what.append(
+                f"{style['novel_lanes']} rows read novels on with the memory carried from row to row, "
+                f"{style['longest_reading']:,} tokens at most"
+            )
+        lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
+        batch = stage["per_device_train_batch_size"]
+        rows.append(
+            f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens "
+            f"| {stage['max_steps']} | {'; '.join(what)} |"
+        )
+    return "\n".join([*lines, "", *rows])
+
+
+def card(output, name, configs):
     """The card without its tables."""
     model = AutoInfiniModelForCausalLM.from_pretrained(output, dtype="auto")
     patch, shape = infini_config_of(model.config), model.config
-    gates = [gate.bias.detach().tanh() for gate in model.modules() if isinstance(gate, MemoryGate)]
+    gates = [values for _, values in sorted(gate_values(model).items())]
     values = len(gates) * shape.num_key_value_heads * shape.head_dim * (shape.head_dim + 1)
     return CARD.format(
         name=name,
         parameters=model.num_parameters(),
         state=f"{values * 4 / 1024:,.0f} KiB",
+        recipe=recipe(configs),
         gates="; ".join(f"{gate.mean():.2f} ({gate.min():.2f} to {gate.max():.2f})" for gate in gates),
         **{key: getattr(patch, key) for key in ("segment_length", "overlap", "memory_update", "feature_map", "gate")},
     )
@@ -114,7 +136,7 @@ def main(argv=None):
     if args.model is not None:
         store(args.model, args.output)
     output = Path(args.output)
-    lines = [card(output, args.name or output.name)]
+    lines = [card(output, args.name or output.name, args.configs)]
     for path in args.samples:
         lines += sample_lines(path)
     for path in args.tables:

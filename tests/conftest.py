@@ -28,6 +28,14 @@ def tokenizer():
     return AutoTokenizer.from_pretrained(resolve("tiny-llama"))
 
 
+@pytest.fixture(scope="session")
+def prose_tokenizer():
+    """A tokenizer of the tests' own prose, for rows and streams with needles."""
+    from prose import build_tokenizer
+
+    return build_tokenizer()
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

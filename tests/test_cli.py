@@ -1,5 +1,7 @@
 """The command line on the shipped checkpoint: it reads, keeps, goes on where it stopped, and answers."""
 
+import re
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -7,6 +9,8 @@ from typer.testing import CliRunner
 
 from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, generate, prefill
 from infini_hf.assets import resolve, shipped
+from infini_hf.cli import ask as ask_module
+from infini_hf.cli import main as main_module
 from infini_hf.cli import read as read_module
 from infini_hf.cli.main import app, main
 from infini_hf.snapshot import read_patch
@@ -141,15 +145,23 @@ def test_segments_fit_the_positions_of_the_checkpoint_by_default(run, book, memo
     assert read_patch(memory).segment_length == 640
 
 
-def test_demo_reads_saves_reloads_and_goes_on(run, book, memory):
-    shown = run("demo", "--text", book, "--memory", memory, "--new-tokens", "8", "--threads", "1")
+def test_demo_finds_the_key_with_the_memory_alone(run, book, memory):
+    shown = run("demo", "--text", book, "--tokens", "6000", "--key", "80315", "--memory", memory, "--threads", "1")
     assert shown.exit_code == 0
-    assert "memory saved and reloaded" in shown.output
-    assert "perplexity" in shown.output
-    name = resolve("tiny-llama")
-    model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=read_patch(memory), dtype="float32")
-    tokens = len(AutoTokenizer.from_pretrained(name)(TEXT)["input_ids"])
-    assert InfiniCache.from_pretrained(memory, model=model).seen == (tokens,)
+    assert re.search(r"the memory +│ '80315': right", shown.output)
+    assert re.search(r"the memory closed +│ .*: wrong", shown.output)
+    name = resolve("tiny-llama-infini")
+    model = AutoInfiniModelForCausalLM.from_pretrained(name, dtype="float32")
+    assert InfiniCache.from_pretrained(memory, model=model).seen == (6000,)
+
+
+@pytest.mark.parametrize(("options", "message"), [(("--key", "abc"), "--key abc"), (("--tokens", "10"), "10")])
+def test_demo_refuses_what_it_cannot_hide(run, options, message):
+    if options[0] == "--key":
+        with pytest.raises(ValueError, match=message):
+            run("demo", *options)
+    else:
+        assert run("demo", *options).exit_code == 2
 
 
 def test_refusals_are_one_sentence(capsys, monkeypatch, tmp_path):
@@ -158,6 +170,36 @@ def test_refusals_are_one_sentence(capsys, monkeypatch, tmp_path):
         main()
     assert stopped.value.code == 2
     assert "no memory snapshot is there" in capsys.readouterr().err
+
+
+def test_a_bug_is_no_refusal(monkeypatch):
+    def broken():
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(main_module, "app", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main()
+
+
+def test_a_mistyped_model_is_refused_with_what_comes_near(run, book, memory):
+    with pytest.raises(ValueError, match=r"model 'tiny-lama': .*\(did you mean tiny-llama"):
+        run("read", "tiny-lama", book, "--memory", memory)
+
+
+def test_a_question_that_is_interrupted_ends_with_one_line(run, book, memory, monkeypatch):
+    def stop(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
+    monkeypatch.setattr(ask_module, "generate", stop)
+    stopped = run("ask", "tiny-llama", "And then", "--memory", memory, *EXACT)
+    assert stopped.exit_code == 130
+    assert stopped.output.endswith("\nstopped\n")
+    # Before anything was read.
+    monkeypatch.setattr(read_module, "load", stop)
+    stopped = run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
+    assert stopped.exit_code == 130
+    assert "stopped; the same command" in stopped.output
 
 
 def test_help_names_the_commands_and_the_shipped_checkpoints(run):

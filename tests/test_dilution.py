@@ -21,6 +21,16 @@ from infini_hf.segment_step import (
 L = 8
 
 
+def test_without_a_ramp_the_whole_strength_is_there_from_the_first_step():
+    dilution = MemoryDilution(64.0, probability=1.0, ramp="none")
+    for progress in (0.0, 0.5, 1.0):
+        dilution.advance(progress)
+        assert dilution.strength == 64.0
+    dilution.restore(None)
+    dilution.advance(0.0)
+    assert dilution.strength == 64.0
+
+
 def test_the_clock_raises_the_strength_log_linearly_between_a_third_and_two_thirds():
     dilution = MemoryDilution(1000.0, ramp="clock")
     found = {}

@@ -1,11 +1,9 @@
-"""The measurements: intervals, spans, and a recall test that a perfect copier passes and a blind one fails."""
-
-import math
+"""The measurements: intervals, edges, and a recall test that a perfect copier passes and a blind one fails."""
 
 import pytest
 import torch
 
-from infini_hf.evaluation.perplexity import doubling_edges, spans_of
+from infini_hf.evaluation.perplexity import doubling_edges
 from infini_hf.evaluation.recall import context_recall, first_answer, wilson_interval
 
 TEXT = "The rain had fallen all night, and the river stood high between the meadows. " * 60
@@ -63,10 +61,6 @@ def test_wilson_interval_against_the_closed_form():
     assert wilson_interval(20, 20)[1] == pytest.approx(1.0)
 
 
-def test_spans_are_means_between_edges():
-    losses = torch.arange(10, dtype=torch.float32)[None]
-    spans = spans_of(losses, [0, 4, 10])
-    assert [(span.start, span.stop, span.loss) for span in spans] == [(0, 4, 1.5), (4, 10, 6.5)]
-    assert spans[0].perplexity == pytest.approx(math.exp(1.5))
+def test_edges_double_up_to_the_end():
     assert doubling_edges(5000) == [0, 1024, 2048, 4096, 5000]
     assert doubling_edges(1024) == [0, 1024]

@@ -12,7 +12,7 @@ import infini_hf
 PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
-    "version assets data heap dilution",
+    "version assets data heap dilution sharding output_head",
     "config memory segments gate inputs segment_step training_args",
     "layer_state",
     "cache",
@@ -22,7 +22,7 @@ ROWS = (
     "patching",
     "auto",
     "streaming",
-    "callbacks lora calibration",
+    "callbacks lora calibration distillation trainer_checks",
     "trainer evaluation",
     "model_card",
     "cli",

@@ -2,20 +2,16 @@
 
 import pytest
 import torch
+from prose import PROSE
 
-from infini_hf.data.base_rows import train_tokenizer
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.data.needles import GRASS
-
-PROSE = "".join(
-    f"Chapter {n}. The house at the end of the lane had {n * 7} windows, and nobody lived there. " for n in range(200)
-)
+from infini_hf.data.needles import brief_fact, named_key_fact, named_word_fact, passkey_fact
 
 
 @pytest.fixture(scope="module")
-def tokenizer():
-    return train_tokenizer([PROSE, GRASS, "What is the pass key? The pass key is 12345. Remember it."], vocab_size=320)
+def tokenizer(prose_tokenizer):
+    return prose_tokenizer
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -69,6 +65,15 @@ def test_dense_rows_hold_as_many_facts_as_they_have_room_for(tokenizer):
     # 384 tokens have room for five facts.
     assert set(asked[True]) == {5}
     assert len(set(asked[False])) > 2
+
+
+def test_a_brief_fact_keeps_the_name_and_the_answer():
+    for fact in (named_key_fact("Ada", "12345"), named_word_fact("Ada", "amber")):
+        brief = brief_fact(fact)
+        assert brief.statement == f"Ada is {fact.answer}."
+        assert (brief.prompt, brief.answer, brief.name) == ("Ada is", fact.answer, "Ada")
+    with pytest.raises(ValueError, match="belongs to nobody"):
+        brief_fact(passkey_fact("12345"))
 
 
 def test_novel_lanes_read_on_where_they_stopped(tokenizer):

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import logging
 import math
 from pathlib import Path
 
@@ -11,7 +12,8 @@ from models import build, build_patched, gate_parameters, random_ids
 from torch.nn import functional as F
 
 from infini_hf import InfiniConfig, patch_model, prefill, score
-from infini_hf.evaluation.ways import OPTIONS, Way, read_texts, stock
+from infini_hf.evaluation import ways
+from infini_hf.evaluation.ways import OPTIONS, Way, losses_of_texts, stock
 
 ROOT = Path(__file__).parent.parent
 LENGTH = 8
@@ -25,7 +27,7 @@ def patched_model(family="llama", **options):
 
 def read_as(model, text, ids=IDS, *others):
     """The losses of one text in a way that is named."""
-    return read_texts(model, Way.parse(text), [ids, *others], progress=False)[0]
+    return losses_of_texts(model, Way.parse(text), [ids, *others], progress=False)[0]
 
 
 def fresh(family="llama", **options):
@@ -99,7 +101,7 @@ def test_every_segment_meets_the_memory_of_the_other_text_after_as_many():
         # Between segments there is nothing but the memory, so that another text's cache can be read on with.
         cache = prefill(model, other[:, :start], progress=False) if start else None
         expected.append(score(model, IDS[:, start : start + LENGTH + 1], cache=cache)[0, :LENGTH])
-    actual = read_texts(model, Way.parse("other"), [IDS, other], progress=False)
+    actual = losses_of_texts(model, Way.parse("other"), [IDS, other], progress=False)
     close(actual[0], torch.cat(expected))
     assert actual[1].shape == (59,)
     # The texts are each other's, and the first segment has no memory yet.
@@ -140,6 +142,39 @@ def test_full_attention_slides_and_every_token_is_counted_once(family, window, s
     close(read_as(patched_model(family), f"full:window={window}:stride={stride}"), expected)
 
 
+@pytest.mark.parametrize(("window", "stride"), [(10, 5), (10, 3), (12, 12), (7, 1), (2, 1), (1, 1), (100, 50)])
+def test_a_beginning_of_text_stays_in_front_of_every_window(window, stride):
+    total, stock_model, expected = IDS.shape[1] - 1, build(), []
+    begun = torch.cat([torch.tensor([[stock_model.config.bos_token_id]]), IDS[:, 1:]], dim=1)
+    for place in range(total):
+        steps = max(0, math.ceil((place + 1 - window) / stride))
+        end = min(total, window + steps * stride)
+        # It takes the place of the oldest token; where every token of a window counts, it comes on top.
+        oldest = min(end - window + 1, window + (steps - 1) * stride)
+        kept = range(oldest if steps else 1, place + 1)
+        assert len(kept) + 1 >= min(window - stride, place)
+        expected.append(loss_of(stock_model, begun[:, [0, *kept]], begun[0, place + 1]))
+    close(read_as(patched_model(), f"full:window={window}:stride={stride}", begun), expected)
+
+
+def test_logits_are_made_some_positions_at_a_time(monkeypatch):
+    model, made = patched_model("gemma2"), []
+    expected = read_as(model, "full_past")
+    monkeypatch.setattr(ways, "PIECE", 5)
+    model.get_output_embeddings().register_forward_hook(lambda *call: made.append(len(call[-1])))
+    close(read_as(model, "full_past"), expected)
+    assert made == [5] * 8 + [2]
+
+
+def test_what_nobody_named_is_no_longer_than_machines_can_take():
+    model = build_patched(segment_length=LENGTH, overrides={"max_position_embeddings": 131_072})
+    assert Way.parse("full").slide(model.config) == (8192, 4096, None)
+    assert Way.parse("full:window=131072").slide(model.config) == (131_072, 65_536, None)
+    with pytest.raises(ValueError, match="prefix would be 524,288 tokens in one forward; name it, as in full_past:le"):
+        read_as(model, "full_past")
+    assert len(read_as(model, "full_past:length=20")) == 20
+
+
 def test_its_window_is_that_of_training_and_its_stride_half_of_it():
     model = build_patched(segment_length=LENGTH, overrides={"max_position_embeddings": 10})
     assert torch.equal(read_as(model, "full"), read_as(model, "full:window=10:stride=5"))
@@ -158,12 +193,15 @@ def test_past_its_window_full_attention_is_one_prefix():
 
 
 @pytest.mark.parametrize("gate", ["tanh", "sigmoid"])
-def test_after_every_way_the_model_is_what_it_was(gate):
+def test_after_every_way_the_model_is_what_it_was(gate, caplog):
     model = patched_model(gate=gate)
+    caplog.set_level(logging.INFO, logger="infini_hf")
     before, gates, patch = score(model, IDS), gate_parameters(model), dict(model.config.infini_attention)
     for name in OPTIONS:
-        read_texts(model, Way.parse({"overlap": "overlap:sinks=1"}.get(name, name)), [IDS, IDS], progress=False)
+        losses_of_texts(model, Way.parse({"overlap": "overlap:sinks=1"}.get(name, name)), [IDS, IDS], progress=False)
         assert torch.equal(score(model, IDS), before), name
+    # Nothing is said of a patch that was there before.
+    assert not caplog.records
     with pytest.raises(KeyError, match="inside"), stock(model):
         raise KeyError("inside")
     assert torch.equal(score(model, IDS), before)

@@ -477,7 +477,7 @@ def test_an_adapter_is_loaded_as_the_model_arguments_say(adapted):
 
 def perplexity(data, *options):
     source = data / "novels" / "validation"
-    small = ["--first_edge", 64, "--full_attention_up_to", 300]
+    small = ["--first_edge", 64, "--ways", "memory", "closed", "full:window=300"]
     return run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", source, *small, *options)
 
 
@@ -499,10 +499,12 @@ def test_the_perplexity_table_holds_the_means_of_score(pretrained, data, tmp_pat
     full = []
     for done, stop in ((0, 300), *((start, min(total, start + 150)) for start in range(300, total, 150))):
         start = max(0, stop - 300)
+        # The beginning-of-text token stays, in place of the oldest.
+        read = torch.cat([ids[:, :1], ids[:, start + 1 : stop]], dim=1)
         with torch.no_grad():
-            logits = stock(ids[:, start:stop]).logits[0, done - start :]
+            logits = stock(read).logits[0, done - start :]
         full.append(torch.nn.functional.cross_entropy(logits, ids[0, done + 1 : stop + 1], reduction="none"))
-    for name, losses in (("memory", opened), ("closed", fresh), ("full", torch.cat(full))):
+    for name, losses in (("memory", opened), ("closed", fresh), ("full:window=300", torch.cat(full))):
         expected = [losses[start:stop].mean().item() for start, stop in spans]
         assert numbers["losses"][name] == pytest.approx(expected, rel=1e-5)
     table = output.read_text(encoding="utf-8")
@@ -513,15 +515,14 @@ def test_the_perplexity_table_holds_the_means_of_score(pretrained, data, tmp_pat
 def test_inside_the_first_segment_the_ways_to_read_agree(pretrained, data):
     losses = perplexity(data, "--model", pretrained[0] / "final", "--max_tokens", 129)["losses"]
     assert losses["memory"] == pytest.approx(losses["closed"], rel=1e-6)
-    assert losses["memory"] == pytest.approx(losses["full"], rel=1e-5)
+    assert losses["memory"] == pytest.approx(losses["full:window=300"], rel=1e-5)
 
 
 def test_texts_count_by_their_tokens(tmp_path):
     for number, words in enumerate((100, 300)):
         (tmp_path / f"{number}.txt").write_text(prose(words, number), encoding="utf-8")
-    numbers = run(
-        "evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", tmp_path, "--limit", 2, "--full_attention_up_to", 0
-    )
+    ways = ["--ways", "memory", "closed"]
+    numbers = run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", tmp_path, "--limit", 2, *ways)
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
     lengths = [len(tokenizer(prose(words, number))["input_ids"]) for number, words in enumerate((100, 300))]
     edges = numbers["edges"]

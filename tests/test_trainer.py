@@ -280,6 +280,7 @@ class Partitioned:
 def test_gates_of_which_a_rank_holds_a_part_are_gathered(monkeypatch):
     model = tiny_model()
     expected, biases = gate_values(model), list(gate_parameters(model).values())
+    monkeypatch.setattr("infini_hf.sharding.is_deepspeed_zero3_enabled", lambda: True)
     monkeypatch.setitem(
         sys.modules, "deepspeed", SimpleNamespace(zero=SimpleNamespace(GatheredParameters=Partitioned))
     )

@@ -1,81 +1,90 @@
-"""`infini-hf demo`: the shipped checkpoint reads a text, keeps its memory, and goes on."""
+"""`infini-hf demo`: a passkey before a million tokens, asked for after them, with the memory and with it closed."""
 
-import tempfile
 import time
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from tqdm.auto import tqdm
 
-from ..cache import InfiniCache
-from ..config import InfiniConfig
-from ..evaluation.perplexity import doubling_edges, spans_of
-from ..streaming import generate, score
+from ..cache import InfiniCache, infini_config_of
+from ..data.needle_tasks import first_number
+from ..data.needles import GRASS, PASSKEY_HEADER, draw_key, passkey_fact
+from ..evaluation.needles.questions import ask_with
+from ..streaming import prefill
 from .common import THREADS, encode, human_bytes, load, read_text
 
-# Room for 512 + 64 + 4 tokens in the 640 positions that the checkpoint was trained on.
-PATCH = InfiniConfig(segment_length=512, overlap=64, sink_tokens=4)
-
-
-def installed_text():
-    """A text that every Python installation carries: the topics of its `help()`, about 700,000 characters."""
-    from pydoc_data.topics import topics
-
-    return "\n\n".join(topics[name] for name in sorted(topics))
+# Tokens between two looks at the state.
+REPORTS = 8
+# The key's digits, and what may stand before them.
+SPARE_TOKENS = 5
 
 
 def demo(
-    text: Path = typer.Option(None, help="A text to read; by default one that every Python installation carries."),
-    memory: Path = typer.Option(None, help="Keep the memory snapshot in this folder; a temporary one by default."),
-    new_tokens: int = typer.Option(80, min=1, help="Tokens to write at the end."),
-    max_tokens: int = typer.Option(0, min=0, help="Stop reading after this many tokens; 0 reads everything."),
-    seed: int = typer.Option(0, help="Seed of the continuation."),
+    model: str = typer.Option("tiny-llama-infini", help="A checkpoint with a trained memory."),
+    tokens: int = typer.Option(1_000_000, min=256, help="Tokens of the stream."),
+    key: str = typer.Option("", help="The number to hide; by default one drawn from the seed."),
+    text: Path = typer.Option(None, help="What to hide it in; by default the grass filler of the benchmark."),
+    memory: Path = typer.Option(None, help="Keep the memory in this folder, to go on with `infini-hf ask`."),
+    seed: int = typer.Option(0, help="Seed of the key."),
     threads: int = THREADS,
 ):
-    """Patch the shipped checkpoint, stream a whole text through it, save the memory, reload it and continue the text.
+    """Hide a passkey at the start of a stream of a million tokens, read it once, and ask for the key.
 
-    Offline, on the CPU. The table shows what matters of a stream: the state and the speed do not change with the
-    position; inside a segment the state also holds the tokens of the open one. Perplexity follows the text, which by
-    default is nothing like the novels that the checkpoint was trained on. The checkpoint is not trained to use its
-    memory (its gates are zero), so what it writes is carried by the local window; the memory is written, saved and
-    reloaded all the same.
+    Offline, on the CPU, in minutes. The state has the same size at every position. The control asks the same question
+    of the same cache with the memory closed: what is left is the local window, with the trace that the memory left in
+    its keys and values. A text that is shorter than the stream begins again.
     """
     console = Console()
-    model, tokenizer = load("tiny-llama", PATCH, "float32", "cpu", threads)
-    ids = encode(tokenizer, read_text(text) if text else installed_text())
-    ids = ids[:, :max_tokens] if max_tokens else ids
-    source = text.name if text else "the help topics of this Python"
-    console.print(f"tiny-llama, {model.num_parameters():,} parameters, reads {source}: {ids.shape[1]:,} tokens")
-    cache = InfiniCache(model.config)
-    console.print(read_by_position(model, ids, cache))
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = memory or Path(temporary) / "memory"
-        cache.save_pretrained(folder)
-        reloaded = InfiniCache.from_pretrained(folder, model=model)
-        size = sum(file.stat().st_size for file in folder.iterdir())
-        console.print(f"memory saved and reloaded: {human_bytes(size)} for {reloaded.seen[0]:,} tokens")
-    torch.manual_seed(seed)
-    # The snapshot holds the text; generation needs one new token to start from.
-    start = encode(tokenizer, "\n\n", first=False)
-    out = generate(model, start, cache=reloaded, max_new_tokens=new_tokens, do_sample=True, top_p=0.9)
-    console.rule("the text goes on")
-    console.print(tokenizer.decode(out[0], skip_special_tokens=True).strip(), markup=False, highlight=False)
+    language_model, tokenizer = load(model, None, "float32", "cpu", threads)
+    key = key or draw_key(np.random.default_rng(seed), split="test")
+    if not key.isdigit():
+        raise ValueError(f"--key {key}: give a number")
+    start = encode(tokenizer, f"{PASSKEY_HEADER}\n\n{passkey_fact(key).statement}\n\n")
+    filler = encode(tokenizer, read_text(text) if text else (GRASS + " ") * 16, first=False)
+    if start.shape[1] >= tokens:
+        raise ValueError(f"--tokens {tokens}: the key alone takes {start.shape[1]}; give more")
+    times = -(-tokens // filler.shape[1])
+    ids = torch.cat([start, filler.repeat(1, times)], dim=1)[:, :tokens]
+    source = text.name if text else "the benchmark's filler"
+    console.print(
+        f"{model}, {language_model.num_parameters():,} parameters: the pass key {key} comes first, "
+        f"then {tokens - start.shape[1]:,} tokens of {source}"
+    )
+    cache = InfiniCache(language_model.config)
+    console.print(read_with_reports(language_model, ids, cache))
+    prompt = encode(tokenizer, "\n\n" + passkey_fact(key).prompt, first=False)[0].numpy()
+    table = Table("asked with", "the model says", title=passkey_fact(key).prompt)
+    for control, name in (("memory", "the memory"), ("closed", "the memory closed")):
+        said = ask_with(control, language_model, tokenizer, cache, [prompt], len(key) + SPARE_TOKENS)[0]
+        number, found = first_number(said, (key,))
+        table.add_row(name, f"{number or said.strip()!r}: " + ("right" if found else "wrong"))
+    console.print(table)
+    if memory:
+        cache.save_pretrained(memory)
+        console.print(f"the memory is in {memory}: infini-hf ask {model} QUESTION --memory {memory}")
 
 
-def read_by_position(model, ids, cache):
-    """Read `(1, tokens)` ids span by span, and make the table of what each span cost and how well it was predicted."""
-    table = Table("tokens read", "tokens/s", "state", "perplexity", title="by position")
+def read_with_reports(model, ids, cache):
+    """Read `(1, tokens)` ids, and make the table of what that cost at every stage."""
+    table = Table("tokens read", "tokens/s", "state", title="reading")
     for column in table.columns:
         column.justify = "right"
-    edges = doubling_edges(ids.shape[1], 2 * PATCH.segment_length)
-    for start, stop in pairwise(edges):
-        began = time.perf_counter()
-        losses = score(model, ids[:, start:stop], cache=cache)
-        seconds = time.perf_counter() - began
-        for span in spans_of(losses, [0, losses.shape[1]]):
-            speed = (stop - start) / seconds
-            table.add_row(f"{stop:,}", f"{speed:,.0f}", human_bytes(cache.state_bytes()), f"{span.perplexity:.1f}")
+    # At segment boundaries, where the state holds no open segment.
+    length = infini_config_of(model.config).segment_length
+    edges = sorted(
+        {*(round(part * ids.shape[1] / REPORTS / length) * length for part in range(REPORTS)), ids.shape[1]}
+    )
+    with tqdm(total=ids.shape[1], unit="tok", unit_scale=True, desc="reading", leave=False) as bar:
+        for left, right in pairwise(edges):
+            began = time.perf_counter()
+            for chunk in ids[:, left:right].split(8192, dim=1):
+                prefill(model, chunk, cache=cache, progress=False)
+                bar.update(chunk.shape[1])
+            speed = (right - left) / (time.perf_counter() - began)
+            table.add_row(f"{right:,}", f"{speed:,.0f}", human_bytes(cache.state_bytes()))
     return table

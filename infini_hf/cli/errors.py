@@ -1,15 +1,17 @@
 """How a program ends: a refusal is one line and exit code 2, Ctrl-C is 130, and a bug keeps its traceback."""
 
-import dis
+import linecache
 import sys
+import traceback
+
+import typer
 
 REFUSED, INTERRUPTED = 2, 130
 KINDS = (ValueError, TypeError, NotImplementedError, ImportError)
-RAISE = dis.opmap["RAISE_VARARGS"]
 
 
 def run_script(main):
-    """Call a script's `main()` and end the process as a user expects it.
+    """Call the `main()` of a script or of the command and end the process as a user expects it.
 
     Args:
         main (`Callable`): takes no arguments. A `KeyboardInterrupt` that comes out of it may say how to go on.
@@ -25,7 +27,7 @@ def run_script(main):
     except Exception as error:
         if not is_refusal(error):
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
+        typer.secho(f"error: {' '.join(str(error).split())}", fg=typer.colors.RED, err=True)
         raise SystemExit(REFUSED) from None
 
 
@@ -38,14 +40,7 @@ def is_refusal(error):
         return True
     if not isinstance(error, KINDS) or error.__traceback__ is None:
         return False
-    place = error.__traceback__
-    while place.tb_next is not None:
-        place = place.tb_next
-    module = place.tb_frame.f_globals.get("__name__", "")
+    *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+    module = frame.f_globals.get("__name__", "")
     ours = module == "__main__" or module.split(".")[0] == "infini_hf"
-    return ours and place.tb_frame.f_code.co_code[place.tb_lasti] == RAISE
-
-
-def one_line(error):
-    """What an error says, its lines joined."""
-    return " ".join(str(error).split())
+    return ours and linecache.getline(frame.f_code.co_filename, line, frame.f_globals).lstrip().startswith("raise ")

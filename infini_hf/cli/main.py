@@ -8,7 +8,7 @@ from typer.core import TyperGroup
 from ..version import __version__
 from .ask import ask
 from .demo import demo
-from .errors import INTERRUPTED, REFUSED, is_refusal, one_line
+from .errors import INTERRUPTED, run_script
 from .passkey import passkey, tables
 from .read import read
 
@@ -58,10 +58,4 @@ def options(
 
 def main():
     """Run the command; a refusal is one sentence, not a traceback."""
-    try:
-        app()
-    except Exception as error:
-        if not is_refusal(error):
-            raise
-        typer.secho(f"error: {one_line(error)}", fg=typer.colors.RED, err=True)
-        raise SystemExit(REFUSED) from error
+    run_script(app)

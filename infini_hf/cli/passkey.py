@@ -62,8 +62,10 @@ def passkey(
 ):
     """Exact match of keys hidden in grass filler and in novels, with the memory, with it closed, and with another's.
 
-    The memory is closed, or exchanged with that of another stream, while the question is asked: what is left is the
-    local window and chance. Streams that differ in the depth alone share what they read before their needle.
+    The memory is closed, or exchanged with that of another stream, while the question is asked. The reading stays the
+    same, so that upper layers keep a trace of the memory in the keys and values of the local window. The control
+    window shuts the gates throughout the reading: what is left is the local window and chance. Streams that differ in
+    the depth alone share what they read before their needle.
     """
     asked = {
         "segment_length": segment_length,
@@ -104,7 +106,7 @@ def passkey(
         chunk_size,
         full_attention_up_to,
     )
-    echo_report(file.samples, output, Path(model).name)
+    echo_report(file.samples, output, Path(model).name, file.about)
 
 
 def tables(
@@ -115,8 +117,8 @@ def tables(
     title: str = typer.Option("", help="What stands above them."),
 ):
     """Tables and figure of the samples that `infini-hf passkey` wrote, merged from several files without a model."""
-    _, samples = merge(files)
-    echo_report(samples, output or files[0], title)
+    about, samples = merge(files)
+    echo_report(samples, output or files[0], title, about)
 
 
 def patch_of(model, asked):

@@ -4,10 +4,9 @@ A task knows nothing of streams, models or memories: [`infini_hf.evaluation.need
 and lets the task judge what was generated.
 """
 
-import re
 from dataclasses import dataclass
 
-from .needles import NAMES, PASSKEY_HEADER, draw_key, named_key_fact, passkey_fact
+from .needles import NAMES, PASSKEY_HEADER, draw_key, first_answer, named_key_fact, passkey_fact
 
 
 @dataclass(frozen=True)
@@ -51,8 +50,7 @@ def distinct_keys(rng, count, digits):
 
 def first_number(text, answers):
     """The first run of digits of a generated text, and whether it is the answer: `(answered, found)`."""
-    match = re.search(r"\d+", text)
-    answered = match.group() if match else ""
+    answered = first_answer(text, "key")
     return answered, int(answered == answers[0])
 
 

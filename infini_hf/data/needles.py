@@ -4,6 +4,7 @@ Everything is a pure function of a `numpy.random.Generator`, so a row is reprodu
 checksum: a key drawn for training is never drawn for a test.
 """
 
+import re
 import zlib
 from dataclasses import dataclass
 
@@ -39,11 +40,17 @@ WORDS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """One thing to remember: the sentence that states it, the prompt that asks for it, the answer that follows it."""
+    """One thing to remember: the sentence that states it, the prompt that asks for it, the answer that follows it.
+
+    Attributes:
+        statement (`str`), prompt (`str`), answer (`str`): as said.
+        name (`str`, *optional*): whom it belongs to; empty of a fact that is alone.
+    """
 
     statement: str
     prompt: str
     answer: str
+    name: str = ""
 
 
 def is_test_key(key):
@@ -74,6 +81,7 @@ def named_key_fact(name, key):
         f"The pass key of {name} is {key}. Remember it. {key} is the pass key of {name}.",
         f"What is the pass key of {name}? The pass key of {name} is",
         key,
+        name,
     )
 
 
@@ -83,13 +91,25 @@ def named_word_fact(name, word):
         f"The secret word of {name} is {word}.",
         f"What is the secret word of {name}? The secret word of {name} is",
         word,
+        name,
     )
 
 
 def brief_fact(fact):
-    """What a named fact comes down to: `Ada is 12345.`"""
-    name = fact.prompt.split()[-2]
-    return Fact(f"{name} is {fact.answer}.", f"{name} is", fact.answer)
+    """What a named fact comes down to: `Ada is 12345.`
+
+    Raises:
+        ValueError: when it belongs to nobody.
+    """
+    if not fact.name:
+        raise ValueError(f"fact {fact.statement!r}: belongs to nobody; only a named fact has a brief form")
+    return Fact(f"{fact.name} is {fact.answer}.", f"{fact.name} is", fact.answer, fact.name)
+
+
+def first_answer(text, kind):
+    """The first run of digits, or of a fact of the kind `"word"` the first word, of a generated text."""
+    match = re.search(r"\d+" if kind != "word" else r"[A-Za-z]+", text)
+    return match.group() if match else ""
 
 
 def grass_filler(characters, offset=0):
@@ -119,8 +139,6 @@ def hide(facts, filler, depths, joiner=" "):
 def draw_facts(rng, count, split="train", most_digits=7):
     """`count` facts of one random kind; several facts carry distinct names and values."""
     kind = "passkey" if count == 1 and rng.random() < 0.5 else str(rng.choice(["key", "word"]))
-    if kind == "passkey":
-        return [passkey_fact(draw_key(rng, int(rng.integers(5, most_digits + 1)), split))]
     return facts_of_kind(rng, kind, count, split, most_digits)
 
 
@@ -130,13 +148,18 @@ def draw_named_facts(rng, count, split="train", most_digits=7):
 
 
 def facts_of_kind(rng, kind, count, split, most_digits):
-    """`count` facts of the kind `"key"` or `"word"`, of distinct names and values."""
-    names = rng.choice(NAMES, count, replace=False)
+    """`count` facts of the kind `"passkey"`, `"key"` or `"word"`; the latter two of distinct names."""
+
+    def key():
+        return draw_key(rng, int(rng.integers(5, most_digits + 1)), split)
+
+    if kind == "passkey":
+        return [passkey_fact(key()) for _ in range(count)]
+    names = [str(name) for name in rng.choice(NAMES, count, replace=False)]
     if kind == "key":
-        return [named_key_fact(name, draw_key(rng, int(rng.integers(5, most_digits + 1)), split)) for name in names]
-    return [
-        named_word_fact(name, word) for name, word in zip(names, rng.choice(WORDS, count, replace=False), strict=True)
-    ]
+        return [named_key_fact(name, key()) for name in names]
+    words = [str(word) for word in rng.choice(WORDS, count, replace=False)]
+    return [named_word_fact(name, word) for name, word in zip(names, words, strict=True)]
 
 
 @dataclass(frozen=True)

@@ -43,6 +43,9 @@ def document_sums(losses, start):
     Args:
         losses (`list[list[torch.Tensor]]`): for each way `(tokens,)` of each document; the shortest way counts.
         start (`int`): first position that counts.
+
+    Returns:
+        `list[tuple]`: an `int` and a `float` for each way.
     """
     sums = []
     for parts in zip(*losses, strict=True):
@@ -92,6 +95,15 @@ def compare(losses, start, base="closed", best="full"):
 
 
 def ratio_to(sums):
+    """How the second way's perplexity stands to the first's.
+
+    Args:
+        sums (`list[tuple[int, float, float]]`): from [`document_sums`] of two ways.
+
+    Returns:
+        `list`: the ratio (`float`) and its interval of 95 % (`tuple[float, float]`, `None` for fewer than two
+        documents); two `None` without a document.
+    """
     if not sums:
         return [None, None]
     interval = jackknife_interval(gain, sums)
@@ -99,7 +111,15 @@ def ratio_to(sums):
 
 
 def share_of(sums):
-    """The share and its interval, where full attention is better than chance would have it."""
+    """What the second way wins of the gap from the first to the third, where the third is better for sure.
+
+    Args:
+        sums (`list[tuple[int, float, float, float]]`): from [`document_sums`] of three ways.
+
+    Returns:
+        `list`: the share (`float`, of 1) and its interval of 95 % (`tuple[float, float]`, `None` for fewer than two
+        documents); two `None` without a gap.
+    """
     if not sums:
         return [None, None]
     gap = [(tokens, base, best) for tokens, base, _, best in sums]

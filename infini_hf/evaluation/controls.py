@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from ..cache import InfiniCache, infini_config_of
-from ..callbacks import gathered
 from ..gate import MemoryGate
+from ..sharding import gathered
 from ..streaming import require_patched
 
 # The logit at which a gate of each kind lets nothing through.
@@ -42,6 +42,26 @@ def closed_memory(model):
 
 
 @contextmanager
+def another_window(model, patch):
+    """The model in another window inside the `with`, with the memory that it has; caches belong inside too.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
+        patch ([`InfiniConfig`]): the model's own, but for `segment_length`, `overlap` and `sink_tokens`.
+
+    Raises:
+        ValueError: when the model is not patched.
+    """
+    config = require_patched(model).get_decoder().config.get_text_config(decoder=True)
+    own = config.infini_attention
+    config.infini_attention = patch.to_dict()
+    try:
+        yield model
+    finally:
+        config.infini_attention = own
+
+
+@contextmanager
 def local_attention(model, segment_length=None, overlap=0, sink_tokens=0):
     """The memory closed and the window another, inside the `with`; caches belong inside too.
 
@@ -57,16 +77,11 @@ def local_attention(model, segment_length=None, overlap=0, sink_tokens=0):
     Raises:
         ValueError: when the model is not patched, or the window is none.
     """
-    config = require_patched(model).get_decoder().config.get_text_config(decoder=True)
-    own, patch = config.infini_attention, infini_config_of(config)
+    patch = infini_config_of(require_patched(model).config)
     length = patch.segment_length if segment_length is None else segment_length
     window = replace(patch, segment_length=length, overlap=overlap, sink_tokens=sink_tokens)
-    with closed_memory(model):
-        try:
-            config.infini_attention = window.to_dict()
-            yield model
-        finally:
-            config.infini_attention = own
+    with closed_memory(model), another_window(model, window):
+        yield model
 
 
 def local_start(config, tokens):

@@ -5,19 +5,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 
-@dataclass(frozen=True)
-class Span:
-    """Mean loss of the tokens at positions `start` to `stop`."""
-
-    start: int
-    stop: int
-    loss: float
-
-    @property
-    def perplexity(self):
-        return math.exp(self.loss)
-
-
 def doubling_edges(total, first=1024):
     """Positions 0, `first`, 2·`first`, 4·`first` … and `total`."""
     edges = [0]
@@ -26,24 +13,6 @@ def doubling_edges(total, first=1024):
         edges.append(edge)
         edge *= 2
     return [*edges, total]
-
-
-def spans_of(losses, edges):
-    """Mean losses between edges.
-
-    Args:
-        losses (`torch.Tensor`): `(batch, tokens)` negative log-likelihoods in nats, as from [`infini_hf.score`].
-        edges (`list[int]`): ascending positions; empty spans are left out.
-
-    Returns:
-        `list[Span]`
-    """
-    spans = []
-    for start, stop in pairwise(edges):
-        part = losses[:, start:stop]
-        if part.numel():
-            spans.append(Span(start, stop, part.double().mean().item()))
-    return spans
 
 
 @dataclass(frozen=True)
@@ -75,7 +44,7 @@ def mean_by_span(losses, edges):
     """Mean losses between edges over several texts.
 
     Args:
-        losses (`list[torch.Tensor]`): `(tokens,)` for each text, as from [`infini_hf.score`].
+        losses (`list[torch.Tensor]`): `(tokens,)` for each text, in nats, as a row of [`infini_hf.score`].
         edges (`list[int]`): ascending positions.
 
     Returns:

@@ -1,13 +1,12 @@
 """In-context recall: facts hidden in a text, asked for at its end, judged by what the model generates."""
 
 import math
-import re
 from dataclasses import asdict, dataclass
 
 import numpy as np
 import torch
 
-from ..data.needles import NAMES, WORDS, draw_key, grass_filler, hide, named_key_fact, named_word_fact, passkey_fact
+from ..data.needles import facts_of_kind, first_answer, grass_filler, hide
 
 KINDS = ("passkey", "key", "word")
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 0.95)
@@ -42,29 +41,12 @@ def wilson_interval(successes, trials, z=1.96):
     return max(0.0, (centre - spread) / (1 + z * z / trials)), min(1.0, (centre + spread) / (1 + z * z / trials))
 
 
-def first_answer(text, kind):
-    """The first run of digits, or the first word, of a generated text."""
-    match = re.search(r"\d+" if kind != "word" else r"[A-Za-z]+", text)
-    return match.group() if match else ""
-
-
-def draw_facts(rng, kind, count):
-    """`count` facts of one kind, with distinct names, whose keys belong to the test part."""
-    if kind == "passkey":
-        return [passkey_fact(draw_key(rng, 5, "test")) for _ in range(count)]
-    names = map(str, rng.choice(NAMES, count, replace=False))
-    if kind == "key":
-        return [named_key_fact(name, draw_key(rng, 5, "test")) for name in names]
-    words = map(str, rng.choice(WORDS, count, replace=False))
-    return [named_word_fact(name, word) for name, word in zip(names, words, strict=True)]
-
-
 def build_prompt(rng, kind, haystack, text, characters, depth, facts=1, state=True):
     """A prompt of about `characters` characters that asks for one fact at `depth` (or, as a control, nowhere).
 
     Other facts of the same kind lie at random depths. Returns the prompt and the fact asked for.
     """
-    asked, *others = draw_facts(rng, kind, facts)
+    asked, *others = facts_of_kind(rng, kind, facts, "test", most_digits=5)
     hidden = [(depth, asked)] * state + [(rng.random(), fact) for fact in others]
     room = max(0, characters - sum(len(fact.statement) + 2 for _, fact in hidden) - len(asked.prompt))
     if haystack == "grass":

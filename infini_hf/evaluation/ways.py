@@ -11,7 +11,7 @@ A way is written as its name with options behind it, `"overlap:segment=512:overl
     full         full attention without the patch, in a window that slides           window, stride
     full_past    full attention without the patch over one long prefix               length
 
-What is not named is the patch's own.
+What is not named is the patch's own. A window of `full` is as long as the model was trained on, 8,192 tokens at most.
 """
 
 from contextlib import contextmanager, nullcontext
@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from ..attention import InfiniAttention
 from ..cache import InfiniCache, infini_config_of
-from ..patching import patch_model, unpatch_model
+from ..output_head import logits_of
+from ..patching import install_patch, unpatch_model
 from ..streaming import prefill, require_patched, score
-from .controls import closed_memory
+from .controls import another_window, closed_memory
 
 WINDOW = {"segment": "segment_length", "overlap": "overlap", "sinks": "sink_tokens"}
 OPTIONS = {
@@ -38,6 +39,10 @@ OPTIONS = {
     "full": ("window", "stride"),
     "full_past": ("length",),
 }
+# The longest window of full attention that nobody has to ask for, in tokens.
+LONGEST = 8192
+# Positions whose logits are held at once.
+PIECE = 1024
 
 
 @dataclass(frozen=True)
@@ -91,19 +96,34 @@ class Way:
         return replace(patch, **changes)
 
     def slide(self, config):
-        """Tokens in a window, in a step, and to read at most (`None` for all), of full attention."""
+        """How full attention moves over a text.
+
+        Args:
+            config (`PreTrainedConfig`): the config of the model.
+
+        Returns:
+            `tuple[int, int, int | None]`: tokens in a window, in a step, and to read at most (`None` for all).
+
+        Raises:
+            ValueError: for a stride beyond the window, or a prefix that nobody named and few machines hold.
+        """
         trained = config.get_text_config(decoder=True).max_position_embeddings
         if self.name == "full_past":
             length = self.options.get("length", 4 * trained)
+            if "length" not in self.options and trained > LONGEST:
+                raise ValueError(
+                    f"way {self.text!r}: the model was trained on {trained:,} positions, and its prefix would be "
+                    f"{length:,} tokens in one forward; name it, as in full_past:length={2 * trained}"
+                )
             return length, length, length
-        window = self.options.get("window", trained)
+        window = self.options.get("window", min(trained, LONGEST))
         stride = self.options.get("stride", max(1, window // 2))
         if stride > window:
             raise ValueError(f"way {self.text!r}: a stride of {stride} passes over tokens; at most window={window}")
         return window, stride, None
 
 
-def read_texts(model, way, texts, progress=True):
+def losses_of_texts(model, way, texts, progress=True):
     """What each token costs, read in one way.
 
     Args:
@@ -127,25 +147,14 @@ def read_texts(model, way, texts, progress=True):
         raise ValueError("way 'other': reads with the memory of another text, and there is one text only")
     shut = way.name in ("closed", "hard", "overlap", "txl")
     losses = []
-    with another_window(inner, way.window), closed_memory(inner) if shut else nullcontext():
+    window = way.window(infini_config_of(inner.config))
+    with another_window(inner, window), closed_memory(inner) if shut else nullcontext():
         for index, ids in enumerate(tqdm(texts, desc=way.text, disable=not progress)):
             if way.name == "other":
                 losses.append(other_memory_losses(inner, ids, texts[index - 1]))
             else:
                 losses.append(score(inner, ids, progress=False)[0])
     return losses
-
-
-@contextmanager
-def another_window(model, change):
-    """A patched model under `change` (from one [`InfiniConfig`] to another) of its window; caches belong inside."""
-    config = require_patched(model).get_decoder().config.get_text_config(decoder=True)
-    own = config.infini_attention
-    config.infini_attention = change(infini_config_of(config)).to_dict()
-    try:
-        yield model
-    finally:
-        config.infini_attention = own
 
 
 @contextmanager
@@ -157,25 +166,46 @@ def stock(model):
     try:
         yield model
     finally:
-        patch_model(model, patch)
+        # What there is to say of this patch was said when it was made.
+        install_patch(model, patch)
         for path, gate in gates.items():
             model.get_submodule(path).memory_gate = gate
 
 
 @torch.no_grad()
 def sliding_losses(model, ids, window, stride, reach=None):
-    """Losses of the stock model over a window that slides: `(tokens - 1,)` float32 in nats, on the device of `ids`.
+    """Losses of the stock model over a window that slides.
 
     The first window counts whole. Each later one moves on by `stride` and counts its last `stride` tokens alone, so
-    that every token is counted once and has at least `window - stride` before it.
+    that every token is counted once and has at least `window - stride` before it. A beginning-of-text token stays in
+    front of every window, as the first of its tokens: heads rest their attention there (arXiv 2309.17453), and without
+    it full attention would be far weaker than it is.
+
+    Args:
+        model (`PreTrainedModel`): a model that is not patched.
+        ids (`torch.Tensor`): `(1, tokens)` int64.
+        window (`int`): tokens that are read at once.
+        stride (`int`): tokens from a window to the next, at most `window`.
+        reach (`int`, *optional*): tokens to read at most; all by default.
+
+    Returns:
+        `torch.Tensor`: `(tokens - 1,)` float32 in nats, on the device of `ids`; `(reach,)` where that is less.
     """
     device, losses, done = model.device, [], 0
     total = ids.shape[1] - 1 if reach is None else min(reach, ids.shape[1] - 1)
+    begun = ids[0, :1].tolist() == [model.config.get_text_config(decoder=True).bos_token_id]
     while done < total:
         end = min(total, done + (stride if done else window))
         start = max(0, end - window)
-        logits = model(ids[:, start:end].to(device), use_cache=False, logits_to_keep=end - done).logits[0].float()
-        losses.append(F.cross_entropy(logits, ids[0, done + 1 : end + 1].to(device), reduction="none").to(ids.device))
+        part = ids[:, start:end]
+        if start and begun:
+            # In place of the oldest token; before it, where all of them are counted.
+            part = torch.cat([ids[:, :1], ids[:, min(done, start + 1) : end]], dim=1)
+        hidden = model.get_decoder()(part.to(device), use_cache=False).last_hidden_state[0, done - end :]
+        targets = ids[0, done + 1 : end + 1]
+        for states, wanted in zip(hidden.split(PIECE), targets.split(PIECE), strict=True):
+            loss = F.cross_entropy(logits_of(model, states), wanted.to(states.device), reduction="none")
+            losses.append(loss.to(ids.device))
         done = end
     return torch.cat(losses) if losses else torch.zeros(0)
 

@@ -1,11 +1,11 @@
-"""The same weights without a memory, which read in a way of their own: blocks, a Transformer-XL, full attention."""
+"""The same weights without a memory, which read in a way of their own: the window, blocks, a Transformer-XL, all."""
 
 from contextlib import contextmanager
 
 from ...cache import infini_config_of
-from ..controls import local_attention, local_start
+from ..controls import closed_memory, local_attention, local_start
 
-BASELINES = ("local", "txl", "full")
+BASELINES = ("window", "local", "txl", "full")
 
 
 @contextmanager
@@ -14,10 +14,15 @@ def baseline(model, name, tokens, room):
 
     Args:
         model (`PreTrainedModel`): a patched model.
-        name (`str`): `"local"` (blocks of a segment), `"txl"` (a segment of overlap) or `"full"` (full attention).
+        name (`str`): `"window"` (the model's own window), `"local"` (blocks of a segment), `"txl"` (a segment of
+            overlap) or `"full"` (full attention).
         tokens (`int`): tokens of a stream.
         room (`int`): tokens of the longest question with its answer.
     """
+    if name == "window":
+        with closed_memory(model):
+            yield local_start(model.config, tokens)
+        return
     if name == "full":
         # One segment that holds it all: within a segment a patched model is the stock one.
         window = {"segment_length": tokens + room}

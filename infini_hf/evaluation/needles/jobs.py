@@ -60,8 +60,12 @@ def plan_jobs(cells, numbers, haystacks, samples, controls, batch_size):
 
 
 def batches_of(numbers, batch_size):
-    """Runs of `batch_size` numbers; a last one that would be alone takes one of the batch before."""
+    """Runs of `batch_size` numbers; a last one that would be alone takes one of the batch before, or joins a pair."""
     batches = [list(numbers[start : start + batch_size]) for start in range(0, len(numbers), batch_size)]
-    if len(batches) > 1 and len(batches[-1]) == 1 and batch_size > 2:
-        batches[-1].insert(0, batches[-2].pop())
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        if batch_size == 2:
+            lone = batches.pop()
+            batches[-1] += lone
+        elif batch_size > 2:
+            batches[-1].insert(0, batches[-2].pop())
     return batches

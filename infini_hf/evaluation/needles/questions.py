@@ -54,7 +54,11 @@ def with_memory_of_another(cache):
 
 
 def ask_with(control, model, tokenizer, cache, prompts, max_new_tokens):
-    """The answers under one of `"memory"`, `"closed"`, `"other"`; see [`ask`]."""
+    """The answers under one of `"memory"`, `"closed"`, `"other"`; see [`ask`].
+
+    The reading is the same for all: what the memory gave to the keys and values of the window above the first layer
+    stays in them when the gates are shut for the question.
+    """
     if control == "closed":
         with closed_memory(model):
             return ask(model, tokenizer, cache, prompts, max_new_tokens)

@@ -132,7 +132,8 @@ def run_needles(
         file ([`SampleFile`]): of all samples; it grows after every batch of every cell.
         controls (`tuple[str]`, *optional*): of one reading, `"memory"`, `"closed"` (gates shut while asking) and
             `"other"` (the memory of another stream of the batch while asking; a batch of one has none); of readings
-            with the gates shut, `"local"` (blocks), `"txl"` (a segment of overlap) and `"full"` (full attention).
+            with the gates shut throughout, `"window"` (the model's own), `"local"` (blocks), `"txl"` (a segment of
+            overlap) and `"full"` (full attention).
         batch_size (`int`, *optional*, defaults to `8`): streams read at once.
         chunk_size (`int`, *optional*, defaults to `2048`): columns in a forward; speed and peak memory only.
         full_up_to (`int`, *optional*, defaults to `8192`): the longest stream, in tokens, that `"full"` reads.

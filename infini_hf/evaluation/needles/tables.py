@@ -6,7 +6,7 @@ from ..recall import wilson_interval
 from .streams import DEPTHS, HAYSTACKS, SPREAD
 
 # The order of rows, and every way that a question can be asked.
-CONTROLS = ("memory", "closed", "other", "local", "txl", "full")
+CONTROLS = ("memory", "closed", "other", "window", "local", "txl", "full")
 
 
 def counts_by(samples, key):
