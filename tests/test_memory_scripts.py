@@ -1,0 +1,82 @@
+"""The scripts that train and publish a memory: what ships is what was trained, and the card tells what was measured."""
+
+import importlib.util
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from infini_hf import AutoInfiniModelForCausalLM
+from infini_hf.assets import resolve
+from infini_hf.evaluation.needles.samples import Sample, SampleFile
+
+ROOT = Path(__file__).parent.parent
+STAGE = ROOT / "configs" / "pretrain" / "tiny_llama_infini_2_novels.yaml"
+
+
+def script(name):
+    spec = importlib.util.spec_from_file_location(f"script_{name}", ROOT / "scripts" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def novels(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("novels")
+    for number in range(2):
+        lines = [f"In the year {year} the house number {number} was sold again. " for year in range(900)]
+        (folder / f"{number}.txt").write_text("".join(lines), encoding="utf-8")
+    return folder
+
+
+def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, tmp_path):
+    options = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1"]
+    # Calibrating once more would move what the weights have learned with.
+    more = ["--calibration_tokens", "512", "--disable_tqdm", "true", "--save_steps", "2", "--longest_reading", "1280"]
+    script("finetune_memory").main(["--config", str(STAGE), *options, *small, *more])
+    before = load_file(Path(resolve("tiny-llama-infini")) / "model.safetensors")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    shifts = [name for name in before if name.endswith("_shift")]
+    assert len(shifts) == 8
+    for name in shifts:
+        assert torch.equal(before[name], after[name])
+    gates = [name for name in before if name.endswith("memory_gate.bias")]
+    assert any(not torch.equal(before[name], after[name]) for name in gates)
+
+
+def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path):
+    samples = SampleFile(tmp_path / "keys.jsonl", {"task": {"name": "passkey", "digits": 5}, "seed": 3})
+    samples.append(
+        [
+            Sample("grass", 4096, 0.5, number, 0, 0.5, "memory", ("12345",), answered, int(answered == "12345"))
+            for number, answered in enumerate(["12345", "12345", "54321"])
+        ]
+    )
+    output = tmp_path / "published"
+    options = ["--configs", str(STAGE), "--samples", str(samples.path)]
+    script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
+    card = (output / "README.md").read_text(encoding="utf-8")
+    assert "| grass | 4,096 | memory | 2 of 3 | **0.67** |" in card
+    assert "| `tiny_llama_infini_2_novels` | `outputs/tiny-llama-infini-1/final` | 16 × 640 tokens | 160 |" in card
+    assert "### passkey, digits 5, seed 3" in card
+    ids = torch.arange(2, 302)[None]
+    logits = [
+        AutoInfiniModelForCausalLM.from_pretrained(folder, dtype="float32")(ids).logits
+        for folder in (resolve("tiny-llama-infini"), output)
+    ]
+    # The checkpoint is stored in bfloat16 already.
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-infini"])
+def test_every_config_that_a_card_names_is_there(name):
+    card = (Path(resolve(name)) / "README.md").read_text(encoding="utf-8")
+    named = re.findall(r"configs/pretrain/\w+\.yaml", card)
+    assert named
+    assert [path for path in named if not (ROOT / path).is_file()] == []
