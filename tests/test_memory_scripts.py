@@ -1,4 +1,4 @@
-"""The scripts that train and publish a memory: what ships is what was trained, and the card tells what was measured."""
+"""The scripts that train and publish a memory: what ships is what was trained, and the card tells its measurements."""
 
 import importlib.util
 import re
