@@ -36,6 +36,25 @@ def prose_tokenizer():
     return build_tokenizer()
 
 
+@pytest.fixture(scope="module")
+def prose_model(prose_tokenizer):
+    """A tiny model of that tokenizer, with open gates."""
+    from prose import build_model
+
+    return build_model(len(prose_tokenizer))
+
+
+@pytest.fixture(scope="module")
+def prose_haystacks(prose_tokenizer):
+    """Streams of the benchmark's passkey in that prose and in grass."""
+    from prose import PROSE, SEGMENT
+
+    from infini_hf.data.needle_tasks import PasskeyTask
+    from infini_hf.evaluation.needles.streams import Haystacks
+
+    return Haystacks(prose_tokenizer, SEGMENT, PasskeyTask(), [PROSE])
+
+
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from prose import PROSE, SEGMENT, build_model
+from prose import PROSE, SEGMENT
 from typer.testing import CliRunner
 
 from infini_hf.cli.main import app
@@ -19,39 +19,37 @@ from infini_hf.evaluation.needles.streams import Cell, Haystacks
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
 
 
-@pytest.fixture(scope="module")
-def tokenizer(prose_tokenizer):
-    return prose_tokenizer
-
-
-@pytest.fixture(scope="module")
-def haystacks(tokenizer):
-    return Haystacks(tokenizer, SEGMENT, PasskeyTask(), [PROSE])
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(len(tokenizer))
-
-
-def test_a_file_of_another_evaluation_is_refused(model, tokenizer, haystacks, tmp_path):
-    about, path = describe(model, haystacks), tmp_path / "a.jsonl"
+def test_a_file_of_another_evaluation_is_refused(prose_model, prose_tokenizer, prose_haystacks, tmp_path):
+    about, path = describe(prose_model, prose_haystacks), tmp_path / "a.jsonl"
     file = SampleFile(path, about)
-    run_needles(model, tokenizer, [Cell("grass", 150, 0.5)], range(2), haystacks, file, ("memory",), progress=False)
-    layer = model.model.layers[0].self_attn.memory_gate
+    run_needles(
+        prose_model,
+        prose_tokenizer,
+        [Cell("grass", 150, 0.5)],
+        range(2),
+        prose_haystacks,
+        file,
+        ("memory",),
+        progress=False,
+    )
+    layer = prose_model.model.layers[0].self_attn.memory_gate
     other = {
-        "seed 0 there and 1 here": describe(model, Haystacks(tokenizer, SEGMENT, PasskeyTask(), [PROSE], seed=1)),
-        "task.digits 5 there and 6 here": describe(model, Haystacks(tokenizer, SEGMENT, PasskeyTask(6), [PROSE])),
-        "texts .* there and None here": describe(model, Haystacks(tokenizer, SEGMENT, PasskeyTask())),
+        "seed 0 there and 1 here": describe(
+            prose_model, Haystacks(prose_tokenizer, SEGMENT, PasskeyTask(), [PROSE], seed=1)
+        ),
+        "task.digits 5 there and 6 here": describe(
+            prose_model, Haystacks(prose_tokenizer, SEGMENT, PasskeyTask(6), [PROSE])
+        ),
+        "texts .* there and None here": describe(prose_model, Haystacks(prose_tokenizer, SEGMENT, PasskeyTask())),
         "patch.overlap 5 there and 0 here": {**about, "patch": {**about["patch"], "overlap": 0}},
     }
     layer.bias.data.fill_(0.5)
-    other["weights "] = describe(model, haystacks)
+    other["weights "] = describe(prose_model, prose_haystacks)
     layer.bias.data.fill_(1.0)
     for message, theirs in other.items():
         with pytest.raises(ValueError, match=message):
             SampleFile(path, theirs)
-    assert SampleFile(path, describe(model, haystacks)).samples == file.samples
+    assert SampleFile(path, describe(prose_model, prose_haystacks)).samples == file.samples
     (tmp_path / "old.jsonl").write_text(json.dumps({"haystack": "grass"}) + "\n")
     with pytest.raises(ValueError, match="does not begin with what it is about"):
         SampleFile(tmp_path / "old.jsonl", about)

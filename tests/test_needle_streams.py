@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from models import build_patched
-from prose import PROSE, SEGMENT, build_model
+from prose import PROSE, SEGMENT
 from reading import assert_same_state
 from tqdm.auto import tqdm
 
@@ -17,66 +17,51 @@ from infini_hf.evaluation.needles.forks import fork_points, read_forked, tokens_
 from infini_hf.evaluation.needles.streams import Cell, Haystacks
 
 
-@pytest.fixture(scope="module")
-def tokenizer(prose_tokenizer):
-    return prose_tokenizer
-
-
-@pytest.fixture(scope="module")
-def haystacks(tokenizer):
-    return Haystacks(tokenizer, SEGMENT, PasskeyTask(), [PROSE])
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(len(tokenizer))
-
-
 @pytest.mark.parametrize("kind", ["grass", "novel"])
 @pytest.mark.parametrize("depth", [0.0, 0.3, 1.0, "straddling"])
-def test_a_stream_has_its_length_and_the_needle_at_its_depth(haystacks, tokenizer, kind, depth):
+def test_a_stream_has_its_length_and_the_needle_at_its_depth(prose_haystacks, prose_tokenizer, kind, depth):
     cell = Cell(kind, 1500, depth)
     for number in range(6):
-        ids, trial = haystacks.stream(cell, number)
+        ids, trial = prose_haystacks.stream(cell, number)
         assert len(ids) == 1500
         key = trial.questions[0].answers[0]
         assert is_test_key(key)
         statement = f"The pass key is {key}. Remember it. {key} is the pass key."
-        assert tokenizer.decode(ids).count(statement) == 1
-        needle = haystacks.encode(f"\n{statement}\n")
+        assert prose_tokenizer.decode(ids).count(statement) == 1
+        needle = prose_haystacks.encode(f"\n{statement}\n")
         start = next(i for i in range(len(ids)) if np.array_equal(ids[i : i + len(needle)], needle))
-        header = len(haystacks.encode(PASSKEY_HEADER + "\n"))
+        header = len(prose_haystacks.encode(PASSKEY_HEADER + "\n"))
         if depth == "straddling":
             boundary = -(-start // SEGMENT) * SEGMENT if start % SEGMENT else start + SEGMENT
             assert start < boundary < start + len(needle)
             assert abs(start - 750) < 200
         else:
             assert start == header + round(depth * (1500 - header - len(needle)))
-            assert haystacks.layout(cell, number).place(0) == pytest.approx(depth, abs=1e-3)
-    again, _ = haystacks.stream(cell, 5)
+            assert prose_haystacks.layout(cell, number).place(0) == pytest.approx(depth, abs=1e-3)
+    again, _ = prose_haystacks.stream(cell, 5)
     assert np.array_equal(again, ids)
 
 
 @pytest.mark.parametrize("kind", ["grass", "novel"])
-def test_depths_share_their_filler_and_nothing_else(haystacks, kind):
+def test_depths_share_their_filler_and_nothing_else(prose_haystacks, kind):
     keys = set()
     for depth in (0.0, 0.3, 1.0, "straddling"):
-        layout = haystacks.layout(Cell(kind, 1500, depth), 2)
-        ids, trunk = layout.fill(haystacks.trunk(kind, 1500, 2)), haystacks.trunk(kind, 1500, 2)
+        layout = prose_haystacks.layout(Cell(kind, 1500, depth), 2)
+        ids, trunk = layout.fill(prose_haystacks.trunk(kind, 1500, 2)), prose_haystacks.trunk(kind, 1500, 2)
         assert np.array_equal(ids[: layout.shared], trunk[: layout.shared])
         after = layout.shared + len(layout.needles[0])
         assert np.array_equal(ids[after:], trunk[layout.shared : layout.shared + 1500 - after])
         keys.add(layout.trial.questions[0].answers)
     assert len(keys) == 4
-    assert not np.array_equal(haystacks.trunk(kind, 1500, 3), trunk)
+    assert not np.array_equal(prose_haystacks.trunk(kind, 1500, 3), trunk)
 
 
-def test_named_needles_lie_anywhere_and_each_is_asked_for(tokenizer):
-    haystacks = Haystacks(tokenizer, SEGMENT, NamedTask(needles=64), [PROSE])
+def test_named_needles_lie_anywhere_and_each_is_asked_for(prose_tokenizer):
+    haystacks = Haystacks(prose_tokenizer, SEGMENT, NamedTask(needles=64), [PROSE])
     cell = Cell("novel", 9000, "spread")
     layout = haystacks.layout(cell, 0)
     ids, trial = haystacks.stream(cell, 0)
-    text = tokenizer.decode(ids)
+    text = prose_tokenizer.decode(ids)
     assert len(ids) == 9000
     assert len({question.answers for question in trial.questions}) == 64
     places = [text.index(statement) / len(text) for statement in trial.needles]
@@ -102,16 +87,16 @@ def test_tasks_refuse_what_they_do_not_take():
             make_task(**options)
 
 
-def test_streams_longer_than_the_texts_go_on_with_them(haystacks):
-    ids, _ = haystacks.stream(Cell("novel", 40_000, 0.5), 0)
+def test_streams_longer_than_the_texts_go_on_with_them(prose_haystacks):
+    ids, _ = prose_haystacks.stream(Cell("novel", 40_000, 0.5), 0)
     assert len(ids) == 40_000
 
 
-def test_a_stream_too_short_for_its_needle_is_refused(haystacks, tokenizer):
+def test_a_stream_too_short_for_its_needle_is_refused(prose_haystacks, prose_tokenizer):
     with pytest.raises(ValueError, match="a stream of 20 tokens has no room"):
-        haystacks.stream(Cell("grass", 20, 0.5), 0)
+        prose_haystacks.stream(Cell("grass", 20, 0.5), 0)
     with pytest.raises(ValueError, match="haystack='novel': name a folder"):
-        Haystacks(tokenizer, SEGMENT, PasskeyTask()).stream(Cell("novel", 1000, 0.5), 0)
+        Haystacks(prose_tokenizer, SEGMENT, PasskeyTask()).stream(Cell("novel", 1000, 0.5), 0)
 
 
 # Forked reading.
@@ -126,43 +111,43 @@ def batch_of(haystacks, depths=DEPTHS, tokens=333, numbers=(0, 1, 2)):
 
 
 @pytest.mark.parametrize("task", [PasskeyTask(), NamedTask(3)], ids=["passkey", "named"])
-def test_a_fork_is_the_stream_read_alone(model, tokenizer, task):
+def test_a_fork_is_the_stream_read_alone(prose_model, prose_tokenizer, task):
     """All that a cache holds, and what is answered from it, for every depth and row."""
-    haystacks = Haystacks(tokenizer, SEGMENT, task, [PROSE])
+    haystacks = Haystacks(prose_tokenizer, SEGMENT, task, [PROSE])
     trunk, batches = batch_of(haystacks, DEPTHS if task.needles == 1 else ("spread",))
     prompts = [haystacks.encode(text) for text in ("What is the key?", "The pass key is", "What is the key?")]
     met = []
-    for cell, cache in read_forked(model, trunk, batches, chunk_size=37):
+    for cell, cache in read_forked(prose_model, trunk, batches, chunk_size=37):
         met.append(cell)
-        answers = questions.ask(model, tokenizer, cache, prompts, 6)
+        answers = questions.ask(prose_model, prose_tokenizer, cache, prompts, 6)
         for row in range(3):
             ids = torch.from_numpy(haystacks.stream(cell, row)[0])[None].long()
-            alone = prefill(model, ids)
+            alone = prefill(prose_model, ids)
             assert_same_state(cache, alone, 1e-5, row=row, expected_row=0)
-            assert questions.ask(model, tokenizer, alone, prompts[row : row + 1], 6) == [answers[row]]
+            assert questions.ask(prose_model, prose_tokenizer, alone, prompts[row : row + 1], 6) == [answers[row]]
     assert set(met) == set(batches)
     assert met == list(fork_points(batches))
 
 
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text"])
-def test_forks_of_a_model_with_sliding_layers_too(family, haystacks):
+def test_forks_of_a_model_with_sliding_layers_too(family, prose_haystacks):
     model = build_patched(family, segment_length=SEGMENT, overrides={"vocab_size": 320})
-    trunk, batches = batch_of(haystacks)
+    trunk, batches = batch_of(prose_haystacks)
     for cell, cache in read_forked(model, trunk, batches, chunk_size=37):
         for row in range(3):
-            alone = prefill(model, torch.from_numpy(haystacks.stream(cell, row)[0])[None].long())
+            alone = prefill(model, torch.from_numpy(prose_haystacks.stream(cell, row)[0])[None].long())
             assert_same_state(cache, alone, 1e-5, row=row, expected_row=0)
 
 
-def test_what_is_shared_is_read_once(model, haystacks):
-    trunk, batches = batch_of(haystacks)
+def test_what_is_shared_is_read_once(prose_model, prose_haystacks):
+    trunk, batches = batch_of(prose_haystacks)
     points = list(fork_points(batches).values())
     assert points == sorted(points)
-    assert points[0] == len(haystacks.header)
+    assert points[0] == len(prose_haystacks.header)
     with tqdm(disable=True) as bar:
         counted = []
         bar.update = counted.append
-        for _ in read_forked(model, trunk, batches, bar, chunk_size=64):
+        for _ in read_forked(prose_model, trunk, batches, bar, chunk_size=64):
             pass
     assert sum(counted) == tokens_to_read(batches) == 3 * (max(points) + sum(333 - point for point in points))
     assert sum(counted) < 0.7 * 3 * 333 * len(DEPTHS)

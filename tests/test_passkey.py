@@ -1,52 +1,35 @@
 """Questions asked of streams that were read: every control has its own state, and runs go on where they were cut."""
 
 import numpy as np
-import pytest
 import torch
-from prose import PROSE, SEGMENT, build_model
+from prose import SEGMENT
 
 from infini_hf import InfiniCache, prefill
-from infini_hf.data.needle_tasks import PasskeyTask
 from infini_hf.evaluation.controls import closed_memory
 from infini_hf.evaluation.needles import jobs, questions, runner
 from infini_hf.evaluation.needles.runner import describe, run_needles
 from infini_hf.evaluation.needles.samples import SampleFile
-from infini_hf.evaluation.needles.streams import Cell, Haystacks
+from infini_hf.evaluation.needles.streams import Cell
 
 
-@pytest.fixture(scope="module")
-def tokenizer(prose_tokenizer):
-    return prose_tokenizer
-
-
-@pytest.fixture(scope="module")
-def haystacks(tokenizer):
-    return Haystacks(tokenizer, SEGMENT, PasskeyTask(), [PROSE])
-
-
-@pytest.fixture(scope="module")
-def model(tokenizer):
-    return build_model(len(tokenizer))
-
-
-def test_each_control_asks_another_state(model, tokenizer, haystacks, monkeypatch, tmp_path):
+def test_each_control_asks_another_state(prose_model, prose_tokenizer, prose_haystacks, monkeypatch, tmp_path):
     """What reaches the question: the memory, no memory through shut gates, and the memory of the row before."""
     met = []
 
-    def note(asked, tokenizer, cache, prompts, max_new_tokens):
+    def note(asked, prose_tokenizer, cache, prompts, max_new_tokens):
         met.append((asked.model.layers[0].self_attn.memory_gate.bias[0].item(), cache.infini_layers[0]))
         return ["0"] * len(prompts)
 
     monkeypatch.setattr(questions, "ask", note)
     cell = Cell("grass", 200, 0.5)
-    layouts = {cell: [haystacks.layout(cell, n) for n in range(3)]}
+    layouts = {cell: [prose_haystacks.layout(cell, n) for n in range(3)]}
     job = jobs.Job("grass", 200, [0, 1, 2], layouts, questions.ASKED_ALIKE)
-    streams = torch.from_numpy(np.stack([haystacks.stream(cell, n)[0] for n in range(3)])).long()
+    streams = torch.from_numpy(np.stack([prose_haystacks.stream(cell, n)[0] for n in range(3)])).long()
     file = SampleFile(tmp_path / "a.jsonl", {})
-    runner.NeedleRun(model, tokenizer, haystacks, file).ask(job, cell, prefill(model, streams))
+    runner.NeedleRun(prose_model, prose_tokenizer, prose_haystacks, file).ask(job, cell, prefill(prose_model, streams))
     samples = file.samples
     assert [(s.control, s.number) for s in samples] == [(c, n) for c in questions.ASKED_ALIKE for n in range(3)]
-    alone = [prefill(model, streams[row : row + 1]).infini_layers[0] for row in range(3)]
+    alone = [prefill(prose_model, streams[row : row + 1]).infini_layers[0] for row in range(3)]
     for (gate, layer), control in zip(met, questions.ASKED_ALIKE, strict=True):
         assert gate == (0.0 if control == "closed" else 1.0)
         for row in range(3):
@@ -60,22 +43,22 @@ def test_each_control_asks_another_state(model, tokenizer, haystacks, monkeypatc
     assert not torch.allclose(alone[0].memory, alone[1].memory, rtol=1e-2)
 
 
-def test_asking_leaves_the_cache_as_it_was(model, tokenizer):
-    cache = prefill(model, torch.randint(0, 300, (2, 40)), cache=InfiniCache(model.config))
+def test_asking_leaves_the_cache_as_it_was(prose_model, prose_tokenizer):
+    cache = prefill(prose_model, torch.randint(0, 300, (2, 40)), cache=InfiniCache(prose_model.config))
     before = cache.tensors()
     prompts = [np.arange(3, 8, dtype=np.int32), np.arange(3, 6, dtype=np.int32)]
     for control in questions.ASKED_ALIKE:
-        questions.ask_with(control, model, tokenizer, cache, prompts, 3)
+        questions.ask_with(control, prose_model, prose_tokenizer, cache, prompts, 3)
     assert all(one is two for one, two in zip(cache.tensors(), before, strict=True))
 
 
-def test_a_closed_memory_leaves_a_trace_in_the_window(model):
+def test_a_closed_memory_leaves_a_trace_in_the_window(prose_model):
     """Two streams differ in their first segment alone, out of reach of the window: whose keys tell them apart."""
     ids = torch.randint(0, 300, (1, 12 * SEGMENT)).expand(2, -1).clone()
     ids[1, :SEGMENT] = torch.randint(0, 300, (SEGMENT,))
 
     def keys():
-        cache = prefill(model, ids)
+        cache = prefill(prose_model, ids)
         return [layer.keys for layer in cache.infini_layers.values()]
 
     first, second = keys()
@@ -83,18 +66,18 @@ def test_a_closed_memory_leaves_a_trace_in_the_window(model):
     torch.testing.assert_close(first[0], first[1], rtol=0, atol=1e-5)
     assert (second[0] - second[1]).abs().max() > 1e-3
     # As the control "window" reads them.
-    with closed_memory(model):
+    with closed_memory(prose_model):
         for layer in keys():
             torch.testing.assert_close(layer[0], layer[1], rtol=0, atol=1e-5)
 
 
-def test_a_run_goes_on_where_it_was_cut(model, tokenizer, haystacks, tmp_path, monkeypatch):
+def test_a_run_goes_on_where_it_was_cut(prose_model, prose_tokenizer, prose_haystacks, tmp_path, monkeypatch):
     cells = [Cell("grass", 200, depth) for depth in (0.0, "straddling")]
-    about = describe(model, haystacks)
+    about = describe(prose_model, prose_haystacks)
 
     def run(path, **options):
         file = SampleFile(path, about)
-        run_needles(model, tokenizer, cells, range(3), haystacks, file, progress=False, **options)
+        run_needles(prose_model, prose_tokenizer, cells, range(3), prose_haystacks, file, progress=False, **options)
         return SampleFile(path, about).samples
 
     whole = run(tmp_path / "a.jsonl")

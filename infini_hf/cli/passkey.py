@@ -85,14 +85,8 @@ def passkey(
     language_model, tokenizer = load(model, patch, dtype, device, threads)
     haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)
     file = SampleFile(output, describe(language_model, haystacks))
-    window = patch.longest_window
-    for length in sorted({cell.tokens for cell in cells if cell.tokens <= window}):
-        typer.echo(f"note: {length:,} tokens fit in one local window of {window:,}: finding needs no memory there")
-    beyond = sorted({cell.tokens for cell in cells if cell.tokens > full_attention_up_to})
-    if "full" in ways and beyond:
-        typer.echo(f"note: full attention is left out beyond {full_attention_up_to:,} tokens")
-    if batch_size == 1 and "other" in ways:
-        typer.echo("note: --batch-size 1: a stream alone has no other whose memory it could be asked with")
+    for note in notes(cells, ways, patch.longest_window, full_attention_up_to, batch_size):
+        typer.echo(f"note: {note}")
     numbers = range(first, first + samples)
     run_needles(
         language_model,
@@ -107,6 +101,16 @@ def passkey(
         full_attention_up_to,
     )
     echo_report(file.samples, output, Path(model).name, file.about)
+
+
+def notes(cells, ways, window, full_attention_up_to, batch_size):
+    """What an evaluation will not show, in sentences, before it begins."""
+    for length in sorted({cell.tokens for cell in cells if cell.tokens <= window}):
+        yield f"{length:,} tokens fit in one local window of {window:,}: finding needs no memory there"
+    if "full" in ways and any(cell.tokens > full_attention_up_to for cell in cells):
+        yield f"full attention is left out beyond {full_attention_up_to:,} tokens"
+    if batch_size == 1 and "other" in ways:
+        yield "--batch-size 1: a stream alone has no other whose memory it could be asked with"
 
 
 def tables(
