@@ -110,3 +110,27 @@ def test_novel_lanes_read_on_where_they_stopped(tokenizer):
 def test_novel_lanes_leave_room_for_facts(tokenizer):
     with pytest.raises(ValueError, match="novel_lanes=16"):
         MemoryRows([PROSE], tokenizer, 16, 32, MemoryRowStyle(novel_lanes=16))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_named_facts_are_words_or_keys_as_told(tokenizer, fraction):
+    style = MemoryRowStyle(least_segments=8, passkey_fraction=0.0, word_fraction=fraction)
+    rows = MemoryRows([PROSE], tokenizer, 8, 32, style)
+    for index in range(8):
+        text = tokenizer.decode(rows[index]["input_ids"])
+        assert ("secret word" in text) == (fraction == 1.0)
+        assert ("pass key of" in text) == (fraction == 0.0)
+
+
+def test_writes_of_rows_with_named_facts_are_scaled_when_told(tokenizer):
+    common = {"least_segments": 8, "passkey_fraction": 0.5}
+    styles = [MemoryRowStyle(**common, dilute_named=dilute) for dilute in (True, False)]
+    scaled, some = ([MemoryRows([PROSE], tokenizer, 16, 32, style)[i] for i in range(16)] for style in styles)
+    assert not any("dilute" in row for row in scaled)
+    for row in some:
+        asked = tokenizer.decode(row["input_ids"])
+        assert row["dilute"] == ("What is the pass key?" in asked)
+    assert {row["dilute"] for row in some} == {True, False}
+    lanes = MemoryRowStyle(passkey_fraction=0.0, rows_alike=4, novel_lanes=1, dilute_named=False)
+    rows = MemoryRows([PROSE], tokenizer, 8, 32, lanes)
+    assert not any(rows[index]["dilute"] for index in range(8))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, draw_named_facts, passkey_fact
+from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, facts_of_kind, passkey_fact
 from .needles import draw_key as draw_passkey
 
 # Tokens that a named fact with its question and some filler take, and a brief one.
@@ -22,8 +22,12 @@ class MemoryRowStyle:
         grass_fraction (`float`, *optional*, defaults to `0.3`): share of rows in the benchmark's filler.
         passkey_fraction (`float`, *optional*, defaults to `0.7`): share of rows with one passkey; the others have
             named facts, all of them asked for.
+        word_fraction (`float`, *optional*, defaults to `0.5`): share of the rows with named facts that hold words; the
+            others hold keys.
         most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row; in a short row, what it has
             room for.
+        dilute_named (`bool`, *optional*, defaults to `True`): whether the writes of rows with named facts may be
+            scaled too. A scaled segment drowns the facts of others, which no long stream does: there, filler is long.
         dense (`bool`, *optional*, defaults to `False`): as many facts in a row as it has room for, up to `most_facts`:
             the most questions for the time.
         brief_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named facts whose facts and
@@ -46,7 +50,9 @@ class MemoryRowStyle:
     most_segments: int = 8
     grass_fraction: float = 0.3
     passkey_fraction: float = 0.7
+    word_fraction: float = 0.5
     most_facts: int = 4
+    dilute_named: bool = True
     dense: bool = False
     brief_fraction: float = 0.0
     most_digits: int = 7
@@ -71,8 +77,9 @@ class MemoryRows(torch.utils.data.Dataset):
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
 
     Each item is `{"input_ids", "labels", "loss_weights"}`, tensors `(seq_len,)` of int64, int64, float32: the labels
-    are the ids, the weight of an answer's tokens is above 1. With `novel_lanes` it has `document`, `part` (what reads
-    on where) and `dilute` (whether the row's writes may be scaled: not those of a novel, whose memory is carried on).
+    are the ids, the weight of an answer's tokens is above 1. With `novel_lanes` it has `document` and `part` (what
+    reads on where); with these, or without `dilute_named`, also `dilute`: whether its writes may be scaled, which
+    those of a novel never are, since its memory is carried on.
 
     Raises:
         ValueError: when there is too little text, or `novel_lanes` leave no row for facts.
@@ -122,8 +129,10 @@ class MemoryRows(torch.utils.data.Dataset):
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
         answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
-        place = {"document": -1 - index, "part": 0, "dilute": True} if style.novel_lanes else {}
-        return {**as_row(ids, weights), **place}
+        row = as_row(ids, weights)
+        if style.novel_lanes or not style.dilute_named:
+            row["dilute"] = style.dilute_named or not facts[0].name
+        return {**row, "document": -1 - index, "part": 0} if style.novel_lanes else row
 
     def _novel_row(self, reading, part, start, lane, length):
         # Readings of all lanes have numbers of their own.
@@ -140,7 +149,8 @@ class MemoryRows(torch.utils.data.Dataset):
         brief = rng.random() < style.brief_fraction
         most = max(1, min(style.most_facts, length // (BRIEF_ROOM if brief else FACT_ROOM)))
         count = most if style.dense else int(rng.integers(1, most + 1))
-        facts = draw_named_facts(rng, count, most_digits=style.most_digits)
+        kind = "word" if rng.random() < style.word_fraction else "key"
+        facts = facts_of_kind(rng, kind, count, "train", style.most_digits)
         return [brief_fact(fact) for fact in facts] if brief else facts
 
     def _encode(self, text):

@@ -142,11 +142,6 @@ def draw_facts(rng, count, split="train", most_digits=7):
     return facts_of_kind(rng, kind, count, split, most_digits)
 
 
-def draw_named_facts(rng, count, split="train", most_digits=7):
-    """`count` facts of one random kind, keys or words, that belong to distinct names."""
-    return facts_of_kind(rng, str(rng.choice(["key", "word"])), count, split, most_digits)
-
-
 def facts_of_kind(rng, kind, count, split, most_digits):
     """`count` facts of the kind `"passkey"`, `"key"` or `"word"`; the latter two of distinct names."""
 
