@@ -122,6 +122,25 @@ class InfiniCache(Cache):
                 "broken chunk"
             )
 
+    @property
+    def is_split(self):
+        """`bool`: whether the rows are split over ranks, each of which reads a part of them."""
+        return False
+
+    def begin(self, batch, columns, valid, device):
+        """Called before the layers read `columns` of `batch` rows: valid tokens read, for each row.
+
+        Args:
+            batch (`int`): rows of the call.
+            columns (`int`): columns of the call.
+            valid (`torch.Tensor`, *optional*): `(batch, columns)` bool, false at padding.
+            device (`torch.device`): where the tokens are.
+
+        Returns:
+            `tuple[int, ...]`
+        """
+        return self.seen or (0,) * batch
+
     def get_seq_length(self, layer_idx=0):
         return super().get_seq_length(layer_idx) - self.hidden_columns
 

@@ -10,7 +10,10 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 from .attention import PLAN, InfiniAttention, build_mask
 from .cache import InfiniCache, infini_config_of
 from .families import family_of
+from .rope import window_tables
 from .segments import SegmentPlan
+from .static_attention import check_inference, is_step, step_arguments
+from .static_cache import StaticInfiniCache
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +31,17 @@ def decoder_pre_hook(decoder, args, kwargs):
         # The stock forward has its own message for a call without tokens.
         return (), kwargs
     batch, columns = tokens.shape[:2]
+    if isinstance(kwargs.get("past_key_values"), StaticInfiniCache):
+        check_inference(decoder)
+        if is_step(kwargs["past_key_values"], columns):
+            return (), step_arguments(decoder, kwargs, tokens)
+        kwargs["past_key_values"].unload_padding()
     cache = kwargs["past_key_values"] = resolve_cache(decoder, kwargs, batch)
     past = 0 if cache is None else cache.columns
     mask = read_padding(kwargs.get("attention_mask"), batch, columns, past, cache)
     if mask is not None:
         mask = mask.to(tokens.device)
-    seen = cache.seen if cache is not None and cache.seen else (0,) * batch
+    seen = (0,) * batch if cache is None else cache.begin(batch, columns, mask, tokens.device)
     check_positions(kwargs.get("position_ids"), mask, columns)
     kwargs["position_ids"] = stream_positions(seen, mask, columns, tokens.device)
     config = infini_config_of(decoder.config)
@@ -186,28 +194,6 @@ def stream_positions(seen, mask, columns, device):
         mask = torch.ones(len(seen), columns, device=device) if mask is None else mask
         return (torch.tensor(seen, device=device)[:, None] + mask.long().cumsum(1) - 1).clamp_min(0)
     return torch.arange(seen[0], seen[0] + columns, device=device)[None]
-
-
-def window_tables(decoder, config, tokens, cache):
-    """Cosines and sines of all window positions, `(1, longest_window, head_dim)`, by the decoder's RoPE module."""
-    embedding = decoder.get_input_embeddings().weight
-    dtype = tokens.dtype if tokens.is_floating_point() else embedding.dtype
-    key = (dtype, tokens.device)
-    if cache is not None and cache.rope is not None and cache.rope[0] == key:
-        return cache.rope[1]
-    layer_type = ("full_attention",) if family_of(decoder.config).rope_by_layer_type else ()
-    # Outside inference mode, whose tensors no later backward pass could use.
-    with torch.inference_mode(False), torch.no_grad():
-        like = torch.empty(0, dtype=dtype, device=tokens.device)
-        positions = torch.arange(config.longest_window, device=tokens.device)[None]
-        rotary = decoder.rotary_emb
-        if "dynamic" in str(rotary.rope_type):
-            # This kind remembers the longest position it met, of whatever conversation: ask one that met none.
-            rotary = type(rotary)(decoder.config).to(tokens.device)
-        tables = rotary(like, positions, *layer_type)
-    if cache is not None:
-        cache.rope = (key, tables)
-    return tables
 
 
 def stock_masks(decoder, mask, batch, columns, cache, device):

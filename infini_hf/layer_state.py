@@ -43,6 +43,26 @@ class InfiniLayer(CacheLayerMixin):
         self.seen = self.seen or (0,) * key_states.shape[0]
         self.is_initialized = True
 
+    def open(self, queries, keys, values, plan, gate):
+        """What a call begins with: the queries, and the tensors of the state.
+
+        Args:
+            queries (`torch.Tensor`): `(batch, num_heads, seq_len, head_dim)`, before RoPE.
+            keys (`torch.Tensor`): `(batch, num_kv_heads, seq_len, head_dim)`, before RoPE.
+            values (`torch.Tensor`): the same shape.
+            plan ([`SegmentPlan`]): the plan of the call.
+            gate ([`MemoryGate`]): that of the attention.
+        """
+        if not self.is_initialized:
+            self.lazy_initialization(keys, values)
+        return queries, self.keys, self.values, self.memory, self.memory_norm
+
+    def close(self, state, plan):
+        """Keep the tensors of `state`, a [`LayerState`], after the call of a plan."""
+        self.keys, self.values = state.keys, state.values
+        self.memory, self.memory_norm = state.memory, state.memory_norm
+        self.seen, self.columns = plan.seen_after, self.columns + plan.columns
+
     def update(self, key_states, value_states, *args, **kwargs):
         raise TypeError(
             "an InfiniLayer is written by the patched attention layer alone, and a stock layer called its update: "

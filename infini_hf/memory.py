@@ -10,7 +10,10 @@ Equation numbers are those of "Leave No Context Behind" (arXiv 2404.07143). Shap
 Query head `h` reads the memory of KV head `h // (num_heads // num_kv_heads)`, as in grouped-query attention.
 """
 
+from itertools import accumulate
+
 import torch
+from torch.nn import functional as F
 
 # Below this a denominator stands for "nothing was written here": the quotient then goes to 0 instead of NaN or inf.
 SMALLEST_NORM = 1e-20
@@ -30,10 +33,11 @@ def map_keys(keys, feature_map="elu"):
     """
     keys = keys.float()
     if feature_map == "elu":
-        # x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero.
-        return torch.relu(keys) + keys.clamp(max=0.0).exp()
+        # x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero. In place
+        # where autograd keeps no operand, for on CPUs fresh memory costs more than the arithmetic.
+        return F.threshold(keys, 0.0, 0.0).add_(keys.clamp(max=0.0).exp_())
     if feature_map == "exp":
-        return keys.clamp(max=LARGEST_EXPONENT).exp()
+        return keys.clamp(max=LARGEST_EXPONENT).exp_()
     raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")
 
 
@@ -41,7 +45,7 @@ def map_queries(queries, feature_map="elu"):
     """σ(Q) in float32; for `"exp"` it is exp(x - max x), whose scale cancels between numerator and denominator."""
     if feature_map == "exp":
         queries = queries.float()
-        return (queries - queries.amax(-1, keepdim=True)).exp()
+        return (queries - queries.detach().amax(-1, keepdim=True)).exp_()
     return map_keys(queries, feature_map)
 
 
@@ -62,6 +66,14 @@ def empty(keys):
     return torch.zeros(batch, heads, dim, dim, **options), torch.zeros(batch, heads, dim, **options)
 
 
+def look_up(mapped, memory, memory_norm):
+    """`σ M / (σ z)` for `σ` of `(..., seq_len, head_dim)`, float32; zeros where nothing was ever written."""
+    numerator = mapped @ memory
+    denominator = (mapped @ memory_norm.unsqueeze(-1)).clamp_min(SMALLEST_NORM)
+    # Autograd keeps the numerator; nobody else does.
+    return numerator / denominator if numerator.requires_grad else numerator.div_(denominator)
+
+
 def retrieve(queries, memory, memory_norm, feature_map="elu"):
     """Read the memory: `A_mem = σ(Q) M / (σ(Q) z)` (Eq. 3).
 
@@ -78,9 +90,13 @@ def retrieve(queries, memory, memory_norm, feature_map="elu"):
     with no_autocast(queries):
         # The heads of a group lie side by side, so that one product per KV head serves them all.
         mapped = map_queries(queries, feature_map).reshape(batch, memory.shape[1], -1, dim)
-        numerator = mapped @ memory
-        denominator = (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1)
-        return divide(numerator, denominator).reshape(batch, heads, length, dim)
+        return look_up(mapped, memory, memory_norm).reshape(batch, heads, length, dim)
+
+
+def check_rule(rule):
+    """Raise for an update rule that does not exist."""
+    if rule not in ("linear", "delta"):
+        raise ValueError(f"memory_update={rule!r}: must be one of 'linear', 'delta'")
 
 
 def contribution(keys, values, memory=None, memory_norm=None, rule="linear", feature_map="elu"):
@@ -89,14 +105,12 @@ def contribution(keys, values, memory=None, memory_norm=None, rule="linear", fea
     `"linear"` (Eq. 4): `σ(K)ᵀ V` and `Σ σ(K_t)`; it needs no state.
     `"delta"` (Eq. 5): `σ(K)ᵀ (V - σ(K) M / (σ(K) z))` and `Σ σ(K_t)`.
     """
+    check_rule(rule)
     with no_autocast(keys):
         mapped = map_keys(keys, feature_map)
         values = values.float()
         if rule == "delta":
-            known = divide(mapped @ memory, (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1))
-            values = values - known
-        elif rule != "linear":
-            raise ValueError(f"memory_update={rule!r}: must be one of 'linear', 'delta'")
+            values = values - look_up(mapped, memory, memory_norm)
         return mapped.transpose(-1, -2) @ values, mapped.sum(-2)
 
 
@@ -125,26 +139,45 @@ def update(keys, values, memory, memory_norm, rule="linear", feature_map="elu", 
         return memory + added, memory_norm + added_norm
 
 
-def scan(keys, values, memory, memory_norm, rule="linear", feature_map="elu"):
+def scan(keys, values, memory, memory_norm, rule="linear", feature_map="elu", scale=None):
     """The state before each of several segments, and after the last: an exclusive scan of [`update`].
 
+    The delta rule is affine in M, and what it divides by is a sum that needs no M. So all that is as long as a segment
+    is done for all segments at once, and what is left of the loop is one product of `head_dim x head_dim` matrices:
+
+        M += A - B M        A = σ(K)ᵀ V        B = Σ_t σ(K_t)ᵀ σ(K_t) / (σ(K_t) z)
+
     Args:
-        keys (`torch.Tensor`): `(batch, num_kv_heads, num_segments, seq_len, head_dim)`, before RoPE.
+        keys (`torch.Tensor`): `(batch, num_segments, num_kv_heads, seq_len, head_dim)`, before RoPE.
         values (`torch.Tensor`): the same shape.
         memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32, the state before the first.
         memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
-        rule (`str`, *optional*, defaults to `"linear"`): `"linear"` (one cumulative sum) or `"delta"` (a loop).
+        rule (`str`, *optional*, defaults to `"linear"`): `"linear"` (one cumulative sum) or `"delta"` (a short loop).
         feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        scale (`torch.Tensor`, *optional*): `(batch, num_segments)`, how many times each segment is written.
 
     Returns:
-        `tuple`: memories `(batch, num_kv_heads, num_segments + 1, head_dim, head_dim)` and norms
-        `(batch, num_kv_heads, num_segments + 1, head_dim)`, float32; entry `s` is what segment `s` reads.
+        `tuple`: memories `(batch, num_segments + 1, num_kv_heads, head_dim, head_dim)` and norms
+        `(batch, num_segments + 1, num_kv_heads, head_dim)`, float32; entry `s` is what segment `s` reads.
     """
-    if rule == "linear":
-        added, added_norm = contribution(keys, values, rule=rule, feature_map=feature_map)
-        memories = torch.cat([memory.unsqueeze(2), added], dim=2).cumsum(2)
-        return memories, torch.cat([memory_norm.unsqueeze(2), added_norm], dim=2).cumsum(2)
-    states = [(memory, memory_norm)]
-    for segment in range(keys.shape[2]):
-        states.append(update(keys[:, :, segment], values[:, :, segment], *states[-1], rule, feature_map))
-    return tuple(torch.stack(parts, dim=2) for parts in zip(*states, strict=True))
+    check_rule(rule)
+    with no_autocast(keys):
+        mapped = map_keys(keys, feature_map)
+        added, added_norm = mapped.transpose(-1, -2) @ values.float(), mapped.sum(-2)
+        if scale is not None:
+            scale = scale.to(device=memory.device, dtype=torch.float32)[..., None, None]
+            added, added_norm = added * scale.unsqueeze(-1), added_norm * scale
+        # A loop of sums: cumsum along a dimension that is not the last costs a CPU a hundred times as much.
+        norms = torch.stack(list(accumulate([memory_norm, *added_norm.unbind(1)])), dim=1)
+        if rule == "linear":
+            return torch.stack(list(accumulate([memory, *added.unbind(1)])), dim=1), norms
+        denominator = (mapped @ norms[:, :-1].unsqueeze(-1)).squeeze(-1)
+        # Where nothing was written M is zero too, and any B will do: the clamped quotient would only be large.
+        weights = divide(mapped, denominator).masked_fill(denominator.unsqueeze(-1) == 0.0, 0.0)
+        known = mapped.transpose(-1, -2) @ weights
+        if scale is not None:
+            known = known * scale.unsqueeze(-1)
+        memories = [memory]
+        for segment in range(keys.shape[1]):
+            memories.append(memories[-1] + added[:, segment] - known[:, segment] @ memories[-1])
+        return torch.stack(memories, dim=1), norms

@@ -15,6 +15,8 @@ from .config import InfiniConfig
 from .families import family_of
 from .gate import MemoryGate
 from .hooks import decoder_pre_hook
+from .static_attention import masks_for_generate
+from .static_cache import StaticInfiniCache
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +98,7 @@ def install_patch(model, config):
     decoder.register_forward_pre_hook(decoder_pre_hook, with_kwargs=True)
     # A partial, unlike a bound method, survives pickling under another name than its function.
     model._prepare_cache_for_generation = partial(prepare_cache_for_generation, model)
+    model.create_masks_for_generate = masks_for_generate
     return layers
 
 
@@ -116,7 +119,7 @@ def unpatch_model(model):
         del decoder._forward_pre_hooks[key]
         del decoder._forward_pre_hooks_with_kwargs[key]
     del inner.config.infini_attention
-    del inner._prepare_cache_for_generation
+    del inner._prepare_cache_for_generation, inner.create_masks_for_generate
     return model
 
 
@@ -246,13 +249,23 @@ def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, 
             "one of them out"
         )
     kind = generation_config.cache_implementation
-    if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded"):
+    if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded", "static"):
         raise ValueError(
             f"cache_implementation={kind!r}: a patched model keeps its state in an InfiniCache; leave it out, or use "
-            "'offloaded'"
+            "'offloaded' or 'static'"
         )
     if cache is None and generation_config.use_cache is not False:
-        model_kwargs["past_key_values"] = InfiniCache(model.config, offloading=kind == "offloaded")
+        make = StaticInfiniCache if kind == "static" else partial(InfiniCache, offloading=kind == "offloaded")
+        model_kwargs["past_key_values"] = make(model.config)
         generation_config.cache_implementation = None
+    elif kind == "static" and isinstance(cache, StaticInfiniCache):
+        # The stock method takes no kind beside a cache, and this is one of the kind.
+        generation_config.cache_implementation = None
+    if isinstance(model_kwargs.get("past_key_values"), StaticInfiniCache) and generation_config.prefill_chunk_size:
+        raise NotImplementedError(
+            f"prefill_chunk_size={generation_config.prefill_chunk_size} with a static cache: generate would compile "
+            "every chunk of the prompt; leave it out, and read a long prompt with infini_hf.prefill or "
+            "infini_hf.generate, whose memory does not grow"
+        )
     # The stock method checks the rest of what the user passed and finds the cache made.
     return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)

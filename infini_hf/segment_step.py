@@ -148,7 +148,15 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
 
     Returns:
         `tuple[torch.Tensor, InfiniCache]`: the loss, a float32 scalar, and the cache after the last segment.
+
+    Raises:
+        NotImplementedError: for scaled writes of rows that are split over ranks.
     """
+    if options.write_scale is not None and cache.is_split:
+        raise NotImplementedError(
+            "write_scale with rows that are split over ranks: its columns are the segments of whole rows; pass "
+            "memory_scale for the segments of each rank's run to the model, or leave dilution out"
+        )
     total, began, length = 0.0, cache.seen, cache.infini_config.segment_length
     for _ in range(options.filling):
         total = total + read_segment(model, filling_of(segments), forgotten(cache), num_items, options, True)[0]

@@ -96,6 +96,11 @@ class Round:
     closes: tuple[bool, ...]
     closed: tuple[int, ...]
 
+    @property
+    def is_uniform(self):
+        """Whether the round is one stretch of columns, the same for all rows, whose windows are alike too."""
+        return isinstance(self.columns, slice) and self.layout.is_uniform
+
     def flags(self, values):
         """A row flag of this round as a `(batch,)` float32 tensor on the device."""
         return torch.tensor(values, dtype=torch.float32, device=self.layout.device)
@@ -198,6 +203,39 @@ class SegmentPlan:
         index = torch.tensor([min(closed, last) for closed in round.closed], device=self.write_scale.device)
         scale = self.write_scale.gather(1, index[:, None]).squeeze(1)
         return scale if closes is None else scale * closes.to(scale.device)
+
+    def is_whole(self, round):
+        """Whether a round is one whole segment in every row."""
+        return round.is_uniform and round.layout.count == self.config.segment_length
+
+    def runs(self, most):
+        """The rounds in their order, in lists: whole segments of one layout that follow one another stand together.
+
+        Args:
+            most (`int`): rounds in a list.
+        """
+        runs = []
+        for round in self.rounds:
+            last = runs[-1] if runs else ()
+            # Layouts are shared, so that a round like a whole segment is one.
+            if self.is_whole(round) and 0 < len(last) < most and last[0].layout is round.layout:
+                last.append(round)
+            else:
+                runs.append([round])
+        return runs
+
+    def reads_of(self, run):
+        """`(batch * len(run),)` float32, 0 for each row and segment whose memory is empty; `None` if none is."""
+        if all(all(round.reads) for round in run):
+            return None
+        flags = torch.tensor([round.reads for round in run], dtype=torch.float32)
+        return flags.T.flatten().to(self.device)
+
+    def scales_of(self, run):
+        """How many times whole segments are written, `(batch, len(run))` float32; `None` for once."""
+        if self.write_scale is None:
+            return None
+        return torch.stack([self.scale_of(round) for round in run], dim=1)
 
     def share(self, key, build):
         """`build()`, kept under `key` for the other layers and rounds of the call."""

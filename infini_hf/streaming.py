@@ -9,6 +9,8 @@ from tqdm.auto import tqdm
 from .cache import InfiniCache
 from .inputs import as_batch, check_mask, check_size, stream_chunks
 from .patching import patched_decoder
+from .sequence_parallel import SequenceParallelCache, refuse_split
+from .static_cache import StaticInfiniCache
 
 # Seconds before a progress bar shows: short calls stay quiet.
 PATIENCE = 2.0
@@ -84,6 +86,8 @@ def prefill(model, ids, attention_mask=None, cache=None, chunk_size=2048, progre
     chunks, total = stream_chunks(ids, attention_mask, chunk_size, inner.config.vocab_size)
 
     def run(ids, mask):
+        if isinstance(cache, SequenceParallelCache):
+            ids, mask = (None if whole is None else whole[:, cache.run_of(whole.shape[1])] for whole in (ids, mask))
         decoder(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True)
 
     for _ in read_chunks(inner, run, chunks, total, cache, progress, "reading"):
@@ -109,6 +113,7 @@ def score(model, ids, attention_mask=None, cache=None, chunk_size=2048, progress
     inner = require_patched(model)
     check_size("chunk_size", chunk_size)
     cache = open_cache(inner, cache)
+    refuse_split(cache)
     ids = as_batch(ids, inner.config.vocab_size)
     mask = check_mask(attention_mask, ids)
     chunks, total = stream_chunks(ids, mask, chunk_size, inner.config.vocab_size)
@@ -147,7 +152,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         ids (`torch.Tensor` or `list`): the new token ids, `(batch, seq_len)`, at least one.
         cache ([`InfiniCache`], *optional*): what was read before; a new one by default.
         attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at (left) padding of the new ids.
-        kwargs: everything else that `model.generate` takes.
+        kwargs: everything else that `model.generate` takes. `cache_implementation="static"` decodes on a
+            [`StaticInfiniCache`], which `model.generate` compiles a step for on an accelerator.
 
     Returns:
         What `model.generate` returns: the ids passed, then the new ones.
@@ -158,6 +164,7 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     """
     inner = require_patched(model)
     cache = open_cache(inner, cache)
+    refuse_split(cache)
     ids = as_batch(ids, inner.config.vocab_size)
     if not ids.shape[1]:
         raise ValueError(
@@ -186,6 +193,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     twin.hidden_columns = cache.columns
     if twin.seen and options.rows_per_input > 1:
         twin.batch_repeat_interleave(options.rows_per_input)
+    if options.is_static and not isinstance(twin, StaticInfiniCache):
+        twin = StaticInfiniCache.from_cache(twin, inner)
     output = inner.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     returned = sequences.shape[0] // ids.shape[0]
@@ -218,6 +227,7 @@ class GenerationOptions:
         self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         pad = self._get("pad_token_id")
         self.pad = pad if pad is not None else self.eos[0] if self.eos else None
+        self.is_static = self._get("cache_implementation") == "static"
         self.stops_otherwise = any(self._get(name) for name in ("stop_strings", "stopping_criteria"))
         self.rows_per_input = max(self._get("num_beams") or 1, self._get("num_return_sequences") or 1)
 

@@ -13,6 +13,15 @@ import pytest
 import torch
 
 
+def pytest_addoption(parser):
+    parser.addoption(
+        "--fast-paths",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="run every test with each fast path of a layer taken always, never, or where it pays",
+    )
+
+
 def pytest_sessionstart(session):
     # Tiny matrices are slower on many threads, and rounding should not depend on the machine.
     torch.set_num_threads(1)
@@ -58,3 +67,11 @@ def prose_haystacks(prose_tokenizer):
 @pytest.fixture(autouse=True)
 def seed():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def chosen_paths(request):
+    from infini_hf.fast_paths import fast_paths
+
+    with fast_paths(request.config.getoption("--fast-paths")):
+        yield

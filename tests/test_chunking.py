@@ -10,6 +10,7 @@ from models import build, build_patched, gate_parameters, open_gates, random_ids
 from reading import assert_close, assert_same_state, read, read_whole, state_of
 
 from infini_hf import InfiniCache, InfiniConfig, patch_model, prefill, unpatch_model
+from infini_hf.fast_paths import MODES, fast_paths
 
 # A fixed seed makes a failure repeat.
 EXAMPLES = settings(max_examples=300, deadline=None, derandomize=True, database=None)
@@ -53,12 +54,18 @@ def stock_models():
 
 
 @EXAMPLES
-@given(case=inputs(), attention=st.sampled_from(["eager", "sdpa"]), seed=st.integers(0, 100))
-def test_any_chunks_of_any_patch_give_the_same_logits_and_state(stock_models, case, attention, seed):
+@given(
+    case=inputs(),
+    attention=st.sampled_from(["eager", "sdpa"]),
+    mode=st.sampled_from(MODES),
+    seed=st.integers(0, 100),
+)
+def test_any_chunks_of_any_patch_give_the_same_logits_and_state(stock_models, case, attention, mode, seed):
     options, batch, length, sizes = case
     model = open_gates(patch_model(stock_models[attention], InfiniConfig(**options)), seed)
     try:
-        assert_chunking_is_free(model, random_ids(batch, length, seed), sizes)
+        with fast_paths(mode):
+            assert_chunking_is_free(model, random_ids(batch, length, seed), sizes)
     finally:
         unpatch_model(model)
 

@@ -585,7 +585,7 @@ def test_a_cache_of_a_patched_model_is_refused_by_a_stock_one(llama):
         build("llama")(random_ids(1, 5), past_key_values=InfiniCache(llama.config))
 
 
-@pytest.mark.parametrize("kind", ["static", "quantized"])
+@pytest.mark.parametrize("kind", ["offloaded_static", "quantized"])
 def test_other_cache_implementations_are_refused(llama, kind):
     with pytest.raises(ValueError, match="cache_implementation"):
         llama.generate(random_ids(1, 5), max_new_tokens=2, cache_implementation=kind)

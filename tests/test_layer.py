@@ -9,6 +9,7 @@ from oracle import Oracle
 
 from infini_hf import InfiniCache
 from infini_hf.config import FEATURE_MAPS, GATES, MEMORY_UPDATES
+from infini_hf.fast_paths import fast_paths
 
 SEGMENT = 8
 # Four full segments and an open one.
@@ -44,6 +45,15 @@ def assert_equals_oracle(model, ids, use_cache=True):
 def test_every_option_equals_the_oracle(rule, feature_map, gate, carry):
     model = build_patched("llama", **infini_options(rule, feature_map, gate, carry))
     assert_equals_oracle(model, random_ids(1, LENGTH))
+
+
+@pytest.mark.parametrize("carry", CARRIES, ids=str)
+@pytest.mark.parametrize("rule", MEMORY_UPDATES)
+@pytest.mark.parametrize("mode", ["always", "never"])
+def test_fast_paths_and_plain_ones_equal_the_oracle(mode, rule, carry):
+    model = build_patched("llama", "sdpa", **infini_options(rule, "exp", "sigmoid", carry))
+    with fast_paths(mode):
+        assert_equals_oracle(model, random_ids(2, LENGTH))
 
 
 @pytest.mark.parametrize(
@@ -122,19 +132,21 @@ def test_gradients_equal_those_of_the_oracle(family, options):
     oracle = Oracle(model)
     embeds = model.get_input_embeddings()(random_ids(1, LENGTH)).detach()
     weights = torch.randn(LENGTH, model.config.vocab_size)
-
-    inputs = embeds.clone().requires_grad_()
-    (model(inputs_embeds=inputs).logits[0] * weights).sum().backward()
     expected_inputs = embeds[0].double().requires_grad_()
     (oracle.logits(embeds=expected_inputs) * weights.double()).sum().backward()
-
-    assert relative_error(inputs.grad[0], expected_inputs.grad) <= GRADIENT_TOLERANCE
     expected = dict(oracle.model.named_parameters())
     compared = [name for name, _ in model.named_parameters() if ".self_attn." in name]
     assert sum(name.endswith("memory_gate.bias") for name in compared) == len(gate_parameters(model)) > 1
-    for name in compared:
-        actual = model.get_parameter(name).grad
-        assert relative_error(actual, expected[name].grad) <= GRADIENT_TOLERANCE, name
+
+    for mode in ("auto", "never"):
+        model.zero_grad()
+        inputs = embeds.clone().requires_grad_()
+        with fast_paths(mode):
+            (model(inputs_embeds=inputs).logits[0] * weights).sum().backward()
+        assert relative_error(inputs.grad[0], expected_inputs.grad) <= GRADIENT_TOLERANCE
+        for name in compared:
+            actual = model.get_parameter(name).grad
+            assert relative_error(actual, expected[name].grad) <= GRADIENT_TOLERANCE, name
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])

@@ -105,22 +105,71 @@ def test_contribution_is_what_update_adds(rule, feature_map):
         assert_close(part, after - before.double())
 
 
+def draw_segments(count=4):
+    """Keys and values of several segments, those of a row side by side."""
+    return draw(BATCH, count, KV_HEADS, LENGTH, DIM), draw(BATCH, count, KV_HEADS, LENGTH, DIM)
+
+
+@pytest.mark.parametrize("begin", ["empty", "filled"])
 @pytest.mark.parametrize(("rule", "feature_map"), RULES_AND_MAPS)
-def test_scan_equals_the_looped_update(rule, feature_map):
+def test_scan_equals_the_looped_update(rule, feature_map, begin):
     """Entry s of the scan is what segment s reads: the state before it, the given one for the first."""
     segments = 4
-    keys, values = draw(BATCH, KV_HEADS, segments, LENGTH, DIM), draw(BATCH, KV_HEADS, segments, LENGTH, DIM)
-    state = draw_state()
+    keys, values = draw_segments(segments)
+    state = draw_state() if begin == "filled" else memory_math.empty(keys[:, 0])
     memories, norms = memory_math.scan(keys, values, *state, rule, feature_map)
-    assert memories.shape == (BATCH, KV_HEADS, segments + 1, DIM, DIM)
-    assert norms.shape == (BATCH, KV_HEADS, segments + 1, DIM)
+    assert memories.shape == (BATCH, segments + 1, KV_HEADS, DIM, DIM)
+    assert norms.shape == (BATCH, segments + 1, KV_HEADS, DIM)
     assert memories.dtype == norms.dtype == torch.float32
     expected = tuple(part.double() for part in state)
     for segment in range(segments + 1):
-        assert_close(memories[:, :, segment], expected[0])
-        assert_close(norms[:, :, segment], expected[1])
+        assert_close(memories[:, segment], expected[0])
+        assert_close(norms[:, segment], expected[1])
         if segment < segments:
-            expected = naive_update(keys[:, :, segment], values[:, :, segment], *expected, rule, feature_map)
+            expected = naive_update(keys[:, segment], values[:, segment], *expected, rule, feature_map)
+
+
+@pytest.mark.parametrize(("rule", "feature_map"), RULES_AND_MAPS)
+def test_gradients_of_the_scan_are_those_of_the_loop(rule, feature_map):
+    """Of the keys, the values and the state, where the loss weighs what every segment reads."""
+    segments, scale = 4, torch.tensor([[1.0, 3.0, 0.5, 2.0], [2.0, 1.0, 1.0, 4.0]])
+    tensors = [tensor.requires_grad_() for tensor in (*draw_segments(segments), *draw_state())]
+    weights = draw(BATCH, segments + 1, KV_HEADS, DIM, DIM), draw(BATCH, segments + 1, KV_HEADS, DIM)
+
+    def gradients(states):
+        loss = sum((part * weight).sum() for part, weight in zip(states, weights, strict=True))
+        return torch.autograd.grad(loss, tensors)
+
+    def looped(keys, values, *state):
+        states = [state]
+        for segment in range(segments):
+            parts = keys[:, segment], values[:, segment]
+            states.append(memory_math.update(*parts, *states[-1], rule, feature_map, scale[:, segment]))
+        return (torch.stack(parts, dim=1) for parts in zip(*states, strict=True))
+
+    actual = gradients(memory_math.scan(*tensors, rule, feature_map, scale))
+    for ours, expected in zip(actual, gradients(looped(*tensors)), strict=True):
+        assert_close(ours, expected.double(), 1e-4)
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+@pytest.mark.parametrize("size", [-200.0, -40.0, -20.0, 200.0, 1e4])
+def test_a_scan_of_extreme_keys_is_finite(size, feature_map):
+    """The delta rule divides by what was written, which may be nothing, or next to nothing."""
+    keys = torch.full((1, 3, KV_HEADS, LENGTH, DIM), size).requires_grad_()
+    values = draw(1, 3, KV_HEADS, LENGTH, DIM).requires_grad_()
+    states = memory_math.scan(keys, values, *memory_math.empty(keys[:, 0]), "delta", feature_map)
+    sum(part.sum() for part in states).backward()
+    for tensor in (*states, keys.grad, values.grad):
+        assert tensor.isfinite().all()
+
+
+@pytest.mark.parametrize("feature_map", FEATURE_MAPS)
+def test_the_feature_map_has_one_slope_at_zero(feature_map):
+    """It is put together from two halves that meet there."""
+    keys = torch.zeros(3, requires_grad=True)
+    memory_math.map_keys(keys, feature_map).sum().backward()
+    assert keys.grad.tolist() == [1.0, 1.0, 1.0]
 
 
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
@@ -161,7 +210,7 @@ def test_scale_zero_leaves_a_row_to_the_bit(rule, feature_map):
 def test_autocast_changes_nothing(rule, feature_map, dtype):
     queries, keys, values = draw_segment()
     state = draw_state()
-    segments = keys.unsqueeze(2), values.unsqueeze(2)
+    segments = keys.unsqueeze(1), values.unsqueeze(1)
 
     def run():
         updated = memory_math.update(keys, values, *state, rule, feature_map)
@@ -181,7 +230,7 @@ def test_autocast_changes_nothing(rule, feature_map, dtype):
 def test_inputs_are_not_changed(rule, feature_map, function):
     queries, keys, values = draw_segment()
     if function == "scan":
-        keys, values = keys.unsqueeze(2), values.unsqueeze(2)
+        keys, values = keys.unsqueeze(1), values.unsqueeze(1)
     inputs = [queries, keys, values, *draw_state()]
     copies = [tensor.clone() for tensor in inputs]
     updated = getattr(memory_math, function)(*inputs[1:], rule, feature_map)

@@ -8,6 +8,7 @@ from models import HYBRID, build, build_patched, open_gates, random_ids
 from reading import assert_close, assert_same_state, read, read_whole, state_of
 
 from infini_hf import InfiniCache, InfiniConfig, patch_model, unpatch_model
+from infini_hf.fast_paths import MODES, fast_paths
 
 SEGMENT = 8
 # Past three segment boundaries, at one, just before one, short of the first, and a single token.
@@ -94,7 +95,7 @@ def test_left_padded_rows_of_hybrids_equal_the_rows_alone(family, carry):
 def test_any_mask_and_any_chunks_equal_the_rows_alone(stock_model, data):
     """Random valid columns, chunk cuts and carry-over: rows at every place of their segments beside each other."""
     overlap, sinks = data.draw(st.integers(0, SEGMENT)), data.draw(st.integers(0, SEGMENT))
-    rule = data.draw(st.sampled_from(["linear", "delta"]))
+    rule, mode = data.draw(st.sampled_from(["linear", "delta"])), data.draw(st.sampled_from(MODES))
     lengths = data.draw(st.lists(st.integers(0, 4 * SEGMENT), min_size=2, max_size=3).filter(any))
     rows, ids, mask = ragged("anywhere", lengths, width=4 * SEGMENT + 2, seed=data.draw(st.integers(0, 99)))
     cuts = sorted(data.draw(st.sets(st.integers(1, ids.shape[1] - 1), max_size=5)))
@@ -103,8 +104,9 @@ def test_any_mask_and_any_chunks_equal_the_rows_alone(stock_model, data):
     model = open_gates(patch_model(stock_model, config))
     try:
         kept = [number for number, row in enumerate(rows) if row.shape[1]]
-        whole = read_whole(model, ids, mask)
-        chunked, cache = read(model, ids, sizes, mask)
+        with fast_paths(mode):
+            whole = read_whole(model, ids, mask)
+            chunked, cache = read(model, ids, sizes, mask)
         assert cache.seen == tuple(lengths)
         for number in kept:
             alone, expected = read(model, rows[number])
