@@ -125,6 +125,7 @@ def argument_classes(name):
         "pretrain_base": lambda: (script(name).BaseArguments, TrainingArguments),
         "summarize": lambda: (ModelArguments, script(name).SummaryArguments),
         "evaluate": lambda: (script(name).OptionalModel, script(name).EvaluationArguments),
+        "benchmark": lambda: (script(name).BenchmarkSettings,),
     }[name]()
 
 
