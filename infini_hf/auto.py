@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 GATE = "memory_gate.bias"
 # What a calibrated gate has beside it.
 SHIFTS = ("memory_gate.query_shift", "memory_gate.key_shift")
+# What a gate with projections of its own has in their place.
+PROJECTIONS = ("memory_gate.query_projection.weight", "memory_gate.key_projection.weight")
 # What `cached_file` needs to find the same files as `from_pretrained`.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
@@ -108,7 +110,7 @@ def is_no_report(record):
 
 def warn_of_keys(info, name):
     """Say what the checkpoint has too much or too little of, gates apart."""
-    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith((GATE, *SHIFTS)))
+    unexpected = sorted(key for key in info["unexpected_keys"] if not key.endswith((GATE, *SHIFTS, *PROJECTIONS)))
     missing = sorted(info["missing_keys"])
     if unexpected:
         logger.warning("%s: the model has no place for %s", name, unexpected)
@@ -125,11 +127,11 @@ def read_gates(name, hub, variant=None):
     else:
         with open(index, encoding="utf-8") as file:
             places = json.load(file)["weight_map"]
-        files = sorted({place for key, place in places.items() if key.endswith((GATE, *SHIFTS))})
+        files = sorted({place for key, place in places.items() if key.endswith((GATE, *SHIFTS, *PROJECTIONS))})
     gates = {}
     for file_name in files:
         with safe_open(cached_file(name, file_name, **hub), framework="pt") as file:
-            names = [key for key in file.keys() if key.endswith((GATE, *SHIFTS))]  # noqa: SIM118 (no mapping)
+            names = [key for key in file.keys() if key.endswith((GATE, *SHIFTS, *PROJECTIONS))]  # noqa: SIM118 (no mapping)
             gates.update({key: file.get_tensor(key).float() for key in names})
     return gates
 
@@ -150,9 +152,11 @@ def load_gates(model, gates, name):
             continue
         with torch.no_grad():
             module.memory_gate.bias.copy_(gates.pop(key))
-        shifts = [gates.pop(f"{path}.{shift}", None) for shift in SHIFTS]
-        if shifts[0] is not None:
-            module.memory_gate.set_shifts(*shifts)
+        gate = module.memory_gate
+        for names, place in ((SHIFTS, gate.set_shifts), (PROJECTIONS, gate.set_projections)):
+            found = [gates.pop(f"{path}.{name}", None) for name in names]
+            if found[0] is not None:
+                place(*found)
     if absent and gates:
         raise ValueError(
             f"{name}: the patch covers {absent}, which the checkpoint has no gate for, and the checkpoint has "

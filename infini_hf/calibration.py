@@ -5,10 +5,12 @@ such a channel outweighs all others, and the memory returns the mean of everythi
 soon mends. Subtracting the mean of each channel, once, before training, leaves what differs from token to token.
 """
 
-from contextlib import contextmanager
+import torch
 
 from .attention import InfiniAttention
 from .cache import InfiniCache, infini_config_of
+from .gate import centering
+from .projections import watched
 from .streaming import prefill, require_patched
 
 
@@ -25,29 +27,6 @@ class ChannelMean:
     @property
     def value(self):
         return self.total / self.count
-
-
-@contextmanager
-def recorded(layers):
-    """The means of the queries and keys that the layers project inside the `with`, by layer."""
-    means = {layer: (ChannelMean(), ChannelMean()) for layer in layers}
-
-    def recorder(layer, project):
-        def record(hidden_states):
-            projected = project(hidden_states)
-            for mean, states in zip(means[layer], projected, strict=False):
-                mean.add(states)
-            return projected
-
-        return record
-
-    try:
-        for layer in layers:
-            layer.project = recorder(layer, layer.project)
-        yield means
-    finally:
-        for layer in layers:
-            vars(layer).pop("project", None)
 
 
 def calibrate_memory(model, ids, progress=True):
@@ -76,10 +55,45 @@ def calibrate_memory(model, ids, progress=True):
             "feature_map='exp', or leave the calibration out"
         )
     layers = [module for module in inner.modules() if isinstance(module, InfiniAttention)]
-    with recorded(layers) as means:
+    means = {layer: (ChannelMean(), ChannelMean()) for layer in layers}
+
+    def note(layer, *projected):
+        for mean, states in zip(means[layer], projected, strict=True):
+            mean.add(states)
+
+    with watched(layers, note):
         cache = prefill(inner, ids, cache=InfiniCache(inner.config), progress=progress)
     if not cache.seen or not cache.seen[0]:
         raise ValueError("ids hold no token: give a few thousand tokens of text")
     for layer, (queries, keys) in means.items():
         layer.memory_gate.set_shifts(queries.value, keys.value)
+    return model
+
+
+def add_memory_projections(model):
+    """Give the memory an affine map of its own for the queries and keys of each head, in place.
+
+    The memory and local attention share their queries and keys. With these maps, as before the feature maps of
+    Hedgehog (arXiv 2402.04347), the memory can tell tokens apart by what local attention has no use for. They begin as
+    what [`calibrate_memory`] has made, or as the identity, so that nothing changes before they are trained; they are
+    saved with the gates. A model that has them stays as it is.
+
+    Args:
+        model (`PreTrainedModel`): a patched model.
+
+    Returns:
+        `PreTrainedModel`: the same object.
+
+    Raises:
+        ValueError: when the model is not patched.
+    """
+    for layer in require_patched(model).modules():
+        if not isinstance(layer, InfiniAttention) or layer.memory_gate.query_projection is not None:
+            continue
+        gate, dim = layer.memory_gate, layer.head_dim
+        shifts = gate.query_shift, gate.key_shift
+        if gate.query_shift is None:
+            heads = gate.bias.numel()
+            shifts = torch.zeros(heads, dim), torch.zeros(heads // layer.num_key_value_groups, dim)
+        gate.set_projections(*(centering(shift) for shift in shifts))
     return model

@@ -47,7 +47,7 @@ class MemoryGateCallback(TrainerCallback):
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
         # A resumed run measures from where it began first.
         self.start = gate_values(model) if self.start is None else self.start
-        gates = {id(parameter) for gate in live_gates(model).values() for parameter in gate.parameters()}
+        gates = {id(parameter) for gate in live_gates(model).values() for parameter in gate.parameters(False)}
         # The rate that a schedule leads to: it begins at zero when it warms up.
         rates = [
             group.get("initial_lr", group["lr"])

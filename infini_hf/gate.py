@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .memory import no_autocast
+
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
 
@@ -25,6 +27,8 @@ class MemoryGate(nn.Module):
         # Set by [`infini_hf.calibration.calibrate_memory`]; absent from the state dict before.
         self.register_buffer("query_shift", None)
         self.register_buffer("key_shift", None)
+        # Set by [`infini_hf.calibration.add_memory_projections`]; then the shifts are part of them.
+        self.query_projection = self.key_projection = None
 
     def set_shifts(self, query_shift, key_shift):
         """Shift queries `(num_heads, head_dim)` and keys `(num_kv_heads, head_dim)` before their feature map."""
@@ -32,12 +36,23 @@ class MemoryGate(nn.Module):
         self.query_shift = query_shift.detach().to(device, torch.float32).clone()
         self.key_shift = key_shift.detach().to(device, torch.float32).clone()
 
+    def set_projections(self, query_weight, key_weight):
+        """Learn an affine map of queries and keys before their feature map; weights as in [`HeadProjection`]."""
+        device = self.bias.device
+        self.query_projection = HeadProjection(query_weight.detach().to(device, torch.float32).clone())
+        self.key_projection = HeadProjection(key_weight.detach().to(device, torch.float32).clone())
+        self.query_shift = self.key_shift = None
+
     def center_queries(self, queries):
         """Queries `(batch, num_heads, seq_len, head_dim)` as the memory is asked with them."""
+        if self.query_projection is not None:
+            return self.query_projection(queries)
         return queries if self.query_shift is None else centered(queries, self.query_shift)
 
     def center_keys(self, keys):
         """Keys `(batch, num_kv_heads, seq_len, head_dim)` as they are written."""
+        if self.key_projection is not None:
+            return self.key_projection(keys)
         return keys if self.key_shift is None else centered(keys, self.key_shift)
 
     def forward(self, local, retrieved=None, reads=None):
@@ -53,6 +68,10 @@ class MemoryGate(nn.Module):
             `torch.Tensor`: the shape and dtype of `local`; exactly `local` where a row's memory is empty.
         """
         gate = ACTIVATIONS[self.kind](self.bias.to(local.device).float()).view(1, -1, 1, 1)
+        if self.training and self.query_projection is not None:
+            # Data parallelism waits for a gradient of every parameter, also where nothing is read or written.
+            unused = self.query_projection.weight.sum() + self.key_projection.weight.sum()
+            gate = gate + 0.0 * unused.to(gate.device)
         if retrieved is None:
             return local + (0.0 * gate).to(local.dtype)
         if reads is not None:
@@ -64,12 +83,44 @@ class MemoryGate(nn.Module):
         return f"num_heads={self.bias.numel()}, kind={self.kind!r}"
 
 
+class HeadProjection(nn.Module):
+    """An affine map for each head of `(batch, heads, seq_len, head_dim)`, computed in float32.
+
+    Args:
+        weight (`torch.Tensor`): `(heads, head_dim + 1, head_dim)` float32, the last row the bias.
+    """
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, states):
+        weight = self.weight.to(states.device).float()
+        with no_autocast(states):
+            return states.float() @ weight[:, :-1] + weight[:, -1:]
+
+
+def centering(shift):
+    """The weight of the [`HeadProjection`] that subtracts `(heads, head_dim)`."""
+    heads, dim = shift.shape
+    return torch.cat([torch.eye(dim).expand(heads, dim, dim), -shift.cpu().float()[:, None]], dim=1)
+
+
 def centered(states, shift):
     """`(batch, heads, seq_len, head_dim)` less `(heads, head_dim)`, float32."""
     return states.float() - shift.to(states.device, torch.float32)[:, None]
 
 
-def trainable_gates(model):
-    """Parameters of the gates that are trained, in the order of the layers."""
-    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    return [parameter for gate in gates for parameter in gate.parameters() if parameter.requires_grad]
+def trainable(model, kind):
+    """Parameters of the modules of `kind` that are trained themselves, in the order of the layers."""
+    modules = [module for module in model.modules() if isinstance(module, kind)]
+    return [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
+
+
+def part_from_weights(optimizer, parameters, rate):
+    """Put parameters into a group of their own, with the learning rate `rate` and no weight decay."""
+    ids = {id(parameter) for parameter in parameters}
+    for group in optimizer.param_groups:
+        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
+    if parameters:
+        optimizer.add_param_group({"params": parameters, "weight_decay": 0.0, "lr": rate})

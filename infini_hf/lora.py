@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from .attention import InfiniAttention
-from .auto import GATE, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
+from .auto import GATE, PROJECTIONS, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
 from .cache import infini_config_of
 from .config import InfiniConfig
 from .patching import is_patched, patch_model, unpatch_model
@@ -145,7 +145,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
             patch_model(model, patch)
             undo.callback(unpatch_model, model)
         check_gates(model, shapes, directory)
-        make_room_for_shifts(model, shapes)
+        make_room(model, shapes)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
         peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)
@@ -213,12 +213,19 @@ def check_patch(own, patch, directory):
         )
 
 
-def make_room_for_shifts(model, shapes):
-    """Give a base that is not calibrated the shifts that the adapter's gates were trained with."""
-    for name, module in model.named_modules():
-        keys = [f"{PREFIX}{name}.{shift}" for shift in SHIFTS]
-        if isinstance(module, InfiniAttention) and keys[0] in shapes and module.memory_gate.query_shift is None:
-            module.memory_gate.set_shifts(*(torch.zeros(shapes[key]) for key in keys))
+def make_room(model, shapes):
+    """Give a base the shifts, or the projections, that the adapter's gates were trained with, where it has none."""
+    for path, module in model.named_modules():
+        if not isinstance(module, InfiniAttention):
+            continue
+        gate = module.memory_gate
+        for names, place, own in (
+            (SHIFTS, gate.set_shifts, gate.query_shift),
+            (PROJECTIONS, gate.set_projections, gate.query_projection),
+        ):
+            keys = [f"{PREFIX}{path}.{name}" for name in names]
+            if keys[0] in shapes and own is None:
+                place(*(torch.zeros(shapes[key]) for key in keys))
 
 
 def check_gates(model, shapes, directory):

@@ -54,6 +54,13 @@ def divide(numerator, denominator):
     return numerator / denominator.clamp_min(SMALLEST_NORM).unsqueeze(-1)
 
 
+def normalized(mapped, memory_norm):
+    """`σ / (σ z)` for `σ` of `(..., seq_len, head_dim)`: what the delta rule is affine in M with; float32."""
+    denominator = (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1)
+    # Where nothing was written M is zero too, and any factor will do: the clamped quotient overflows in products.
+    return divide(mapped, denominator).masked_fill(denominator.unsqueeze(-1) == 0.0, 0.0)
+
+
 def no_autocast(tensor):
     """A context in which matrix products of float32 tensors stay in float32."""
     return torch.autocast(tensor.device.type, enabled=False)
@@ -171,10 +178,7 @@ def scan(keys, values, memory, memory_norm, rule="linear", feature_map="elu", sc
         norms = torch.stack(list(accumulate([memory_norm, *added_norm.unbind(1)])), dim=1)
         if rule == "linear":
             return torch.stack(list(accumulate([memory, *added.unbind(1)])), dim=1), norms
-        denominator = (mapped @ norms[:, :-1].unsqueeze(-1)).squeeze(-1)
-        # Where nothing was written M is zero too, and any B will do: the clamped quotient would only be large.
-        weights = divide(mapped, denominator).masked_fill(denominator.unsqueeze(-1) == 0.0, 0.0)
-        known = mapped.transpose(-1, -2) @ weights
+        known = mapped.transpose(-1, -2) @ normalized(mapped, norms[:, :-1])
         if scale is not None:
             known = known * scale.unsqueeze(-1)
         memories = [memory]

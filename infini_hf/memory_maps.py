@@ -50,10 +50,8 @@ def map_of_segment(keys, values, memory_norm, feature_map="elu"):
     """
     with memory_math.no_autocast(keys):
         mapped = memory_math.map_keys(keys, feature_map)
-        denominator = (mapped @ memory_norm.unsqueeze(-1)).squeeze(-1)
-        # Where nothing was written M is zero too, and any A will do; the clamped quotient would overflow in products.
-        weights = memory_math.divide(mapped, denominator).masked_fill(denominator.unsqueeze(-1) == 0.0, 0.0)
-        return mapped.transpose(-1, -2) @ torch.cat([-weights, values.float()], dim=-1)
+        known = memory_math.normalized(mapped, memory_norm)
+        return mapped.transpose(-1, -2) @ torch.cat([-known, values.float()], dim=-1)
 
 
 def compose(first, second):

@@ -14,8 +14,9 @@ from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
 from .dilution import MemoryDilution
 from .distillation import Distillation
-from .gate import trainable_gates
+from .gate import HeadProjection, MemoryGate, part_from_weights, trainable
 from .lanes import Lanes
+from .retrieval_supervision import RetrievalSupervision
 from .segment_step import (
     StepObserver,
     StepOptions,
@@ -31,7 +32,7 @@ from .training_args import InfiniTrainingArguments
 
 # Columns that say where a row belongs, and what its targets weigh.
 LANE_COLUMNS = ("document", "part")
-ROW_COLUMNS = (*LANE_COLUMNS, "dilute")
+ROW_COLUMNS = (*LANE_COLUMNS, "dilute", "sources")
 WEIGHTS = "loss_weights"
 NO_LABELS = (
     "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
@@ -98,6 +99,7 @@ class InfiniTrainer(Trainer):
             args.memory_dilution_ramp,
             args.memory_dilution_threshold,
         )
+        self.supervision = RetrievalSupervision(args.retrieval_weight, args.retrieval_layers, args.retrieval_negatives)
         self.lanes = Lanes(config)
         self.lane_sampler = self.resumed = self.scored = None
         # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.
@@ -135,7 +137,7 @@ class InfiniTrainer(Trainer):
         return super().compute_loss(read, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
     def _read_rows(self, model, input_ids, labels=None, num_items_in_batch=None, document=None, part=None, **others):
-        dilute = others.pop("dilute", None)
+        dilute, sources = others.pop("dilute", None), others.pop("sources", None)
         if labels is None:
             raise ValueError(NO_LABELS)
         segments, filling = self._cut(input_ids, labels, **others)
@@ -151,8 +153,11 @@ class InfiniTrainer(Trainer):
         if self.distillation is not None:
             segments = self.distillation.read(segments)
         watch = self.gates.watch if self._logs_this_step() else None
-        observer = StepObserver(watch, self.answers.append, self.divergences.append)
-        loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
+        mask = others.get("attention_mask")
+        with self.supervision.reading(inner, sources, mask, cache.seen, scale, watch) as told:
+            observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
+            loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
+        loss = loss + self.supervision.weight * told.loss / num_items
         if watch is not None:
             self.gates.note_memory(cache)
         if self.args.carry_memory:
@@ -188,22 +193,18 @@ class InfiniTrainer(Trainer):
         return self.args.logging_strategy != "steps" or step == 1 or step % max(1, self.state.logging_steps) == 0
 
     def create_optimizer(self, model=None):
-        """The stock optimizer, with the gates in a parameter group of their own."""
+        """The stock optimizer, with the gates and the memory's projections in parameter groups of their own."""
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        gates = trainable_gates(self.model if model is None else model)
-        ids = {id(parameter) for parameter in gates}
-        for group in optimizer.param_groups:
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-        if gates:
-            rate = self.args.memory_gate_learning_rate
-            optimizer.add_param_group({"params": gates, "weight_decay": 0.0, "lr": rate})
+        model = self.model if model is None else model
+        part_from_weights(optimizer, trainable(model, MemoryGate), self.args.memory_gate_learning_rate)
+        part_from_weights(optimizer, trainable(model, HeadProjection), self.args.memory_projection_learning_rate)
         return optimizer
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            logs = {**logs, **self.dilution.metrics(), **self.gates.metrics(self.model)}
+            logs = {**logs, **self.dilution.metrics(), **self.gates.metrics(self.model), **self.supervision.metrics()}
             logs |= {} if self.distillation is None else self.distillation.metrics()
         super().log(logs, start_time)
 

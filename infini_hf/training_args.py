@@ -16,6 +16,9 @@ class InfiniTrainingArguments(TrainingArguments):
         memory_gate_learning_rate (`float`, *optional*, defaults to `1e-2`):
             Learning rate of the gates, which have a parameter group of their own without weight decay; the schedule of
             the run scales it as it scales the other.
+        memory_projection_learning_rate (`float`, *optional*, defaults to `1e-3`):
+            Learning rate of the projections that [`infini_hf.calibration.add_memory_projections`] adds; without decay
+            too.
         bptt_segments (`int`, *optional*):
             Cut the gradient through the carried state every so many segments; by default it is never cut.
         recompute_segments (`bool`, *optional*, defaults to `True`):
@@ -42,6 +45,13 @@ class InfiniTrainingArguments(TrainingArguments):
             where there is one.
         distillation_temperature (`float`, *optional*, defaults to `1.0`):
             By which the logits of teacher and student are divided before they are compared.
+        retrieval_weight (`float`, *optional*, defaults to `0.0`):
+            Retrieval supervision ([`infini_hf.retrieval_supervision`]): what it counts, beside the loss of one token,
+            that the memory returns a token of an answer from its source. The dataset needs the column `sources`.
+        retrieval_layers (`list[int]`, *optional*):
+            Indices of the layers that are told; all by default.
+        retrieval_negatives (`float`, *optional*, defaults to `0.0`):
+            How much of the memories of the other rows of the batch the sources have to stand up to as well.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
 
@@ -51,6 +61,9 @@ class InfiniTrainingArguments(TrainingArguments):
 
     memory_gate_learning_rate: float = field(
         default=1e-2, metadata={"help": "Learning rate of the memory gates; they are never decayed."}
+    )
+    memory_projection_learning_rate: float = field(
+        default=1e-3, metadata={"help": "Learning rate of the memory's own projections, where it has some."}
     )
     bptt_segments: int | None = field(
         default=None,
@@ -86,6 +99,16 @@ class InfiniTrainingArguments(TrainingArguments):
     distillation_temperature: float = field(
         default=1.0, metadata={"help": "By which the logits of teacher and student are divided."}
     )
+    retrieval_weight: float = field(
+        default=0.0,
+        metadata={"help": "What it counts that answers are read from their sources, beside the loss of one token."},
+    )
+    retrieval_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers that are told where to read; all by default."}
+    )
+    retrieval_negatives: float = field(
+        default=0.0, metadata={"help": "How much of the other rows' memories the sources have to stand up to."}
+    )
     plot_memory_gates: bool = field(
         default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
     )
@@ -95,8 +118,9 @@ class InfiniTrainingArguments(TrainingArguments):
         if self.accelerator_config.dispatch_batches is None:
             # The dispatcher joins the ranks' batches of a stream, which rows of different length forbid.
             self.accelerator_config.dispatch_batches = False
-        if self.memory_gate_learning_rate < 0:
-            raise ValueError(f"memory_gate_learning_rate={self.memory_gate_learning_rate}: must not be negative")
+        for name in ("memory_gate_learning_rate", "memory_projection_learning_rate"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
         if not 1 <= self.memory_dilution < math.inf:
@@ -110,6 +134,14 @@ class InfiniTrainingArguments(TrainingArguments):
         if self.memory_dilution_ramp not in RAMPS:
             ramps = ", ".join(map(repr, RAMPS))
             raise ValueError(f"memory_dilution_ramp={self.memory_dilution_ramp!r}: must be one of {ramps}")
+        for name in ("retrieval_weight", "retrieval_negatives"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, which is off")
+        if self.retrieval_weight and self.recompute_segments:
+            raise ValueError(
+                f"retrieval_weight={self.retrieval_weight} with recompute_segments=True: the loss needs the keys of "
+                "the segments before, which would be computed again; set recompute_segments=False"
+            )
         if self.offload_memory_states and not self.recompute_segments:
             raise ValueError(
                 "offload_memory_states=True with recompute_segments=False: the activations stay on the device, so "

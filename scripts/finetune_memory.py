@@ -15,7 +15,7 @@ from transformers import set_seed
 
 from infini_hf import InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
-from infini_hf.calibration import calibrate_memory
+from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.run_training import train_and_report
@@ -33,6 +33,9 @@ class RowArguments(MemoryRowStyle):
         default=16_384,
         metadata={"help": "tokens of the novels that feature_map exp is calibrated on, once; 0 leaves it out"},
     )
+    memory_projections: bool = field(
+        default=False, metadata={"help": "let the memory learn an affine map of its own of its queries and keys"}
+    )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
     def style(self):
@@ -42,7 +45,8 @@ class RowArguments(MemoryRowStyle):
 
 def centered(model):
     """Whether a model was calibrated before: its weights have learned with the shifts it has."""
-    return any(gate.query_shift is not None for gate in model.modules() if isinstance(gate, MemoryGate))
+    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
+    return any(gate.query_shift is not None or gate.query_projection is not None for gate in gates)
 
 
 def main(argv=None):
@@ -57,6 +61,8 @@ def main(argv=None):
         # From inside each novel: the beginnings are titles and prefaces.
         pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]
         calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
+    if row_args.memory_projections:
+        add_memory_projections(model)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
     rows = MemoryRows(
         texts,

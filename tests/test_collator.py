@@ -125,3 +125,9 @@ def test_a_row_without_weights_among_others_weighs_one_each(trained):
     batch = InfiniCollator(trained)(rows)
     assert batch["loss_weights"].tolist() == [[1.0, 5.0, 2.0], [1.0, 1.0, 0.0], [1.0, 0.0, 0.0]]
     assert "document" not in InfiniCollator(trained)([row_of(3), row_of(2, document=None)])
+
+
+def test_a_row_without_sources_among_others_repeats_nothing(trained):
+    rows = [row_of(3, sources=[-1, -1, 0]), row_of(2), row_of(1, sources=None)]
+    assert InfiniCollator(trained)(rows)["sources"].tolist() == [[-1, -1, 0], [-1, -1, -1], [-1, -1, -1]]
+    assert "sources" not in InfiniCollator(trained)([row_of(3)])

@@ -12,12 +12,12 @@ import infini_hf
 PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
-    "version assets data heap dilution sharding output_head collectives fast_paths windows",
-    "config memory segments gate inputs segment_step training_args local_attention",
+    "version assets data heap memory dilution sharding output_head collectives fast_paths windows",
+    "config segments gate inputs segment_step training_args local_attention",
     "layer_state memory_maps",
     "cache sequence_layer",
-    "attention snapshot checkpoints sequence_parallel",
-    "families lanes",
+    "attention snapshot checkpoints sequence_parallel projections",
+    "families lanes retrieval_supervision",
     "rope static_layer",
     "static_cache",
     "static_attention",

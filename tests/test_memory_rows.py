@@ -56,6 +56,29 @@ def test_the_first_token_of_an_answer_counts_as_told(tokenizer, first):
         torch.testing.assert_close(marked[1:], marked[1:2].expand(len(marked) - 1), rtol=1e-5, atol=0)
 
 
+@pytest.mark.parametrize("kind", ["passkey", "key", "word", "brief"])
+def test_sources_are_where_the_answers_were_stated(tokenizer, kind):
+    style = MemoryRowStyle(
+        least_segments=9,
+        most_segments=9,
+        passkey_fraction=float(kind == "passkey"),
+        word_fraction=float(kind == "word"),
+        brief_fraction=float(kind == "brief"),
+    )
+    rows = MemoryRows([PROSE], tokenizer, 8, 64, style)
+    for row in (rows[index] for index in range(8)):
+        ids, sources = row["input_ids"], row["sources"]
+        assert torch.equal(sources >= 0, row["loss_weights"] > 1)
+        token = (sources >= 0).nonzero().flatten()
+        assert torch.equal(ids[sources[token]], ids[token])
+        assert bool((sources[token] < token).all())
+        # The one stated is the one asked for: what is said before both is the same.
+        starts = [t for t in token.tolist() if sources[t - 1] < 0]
+        for start in starts:
+            asked, stated = (tokenizer.decode(ids[:end]).split()[-2:] for end in (start, int(sources[start])))
+            assert asked == stated
+
+
 def test_dense_rows_hold_as_many_facts_as_they_have_room_for(tokenizer):
     common = {"least_segments": 12, "most_segments": 12, "passkey_fraction": 0.0, "most_facts": 5}
     asked = {}
@@ -105,6 +128,7 @@ def test_novel_lanes_read_on_where_they_stopped(tokenizer):
     assert all(rows[index]["dilute"] for index in range(80) if index % 4 >= 2)
     batch = InfiniCollator(tokenizer)([rows[index] for index in range(4)])
     assert batch["dilute"].tolist() == [False, False, True, True]
+    assert (batch["sources"].amax(1) >= 0).tolist() == [False, False, True, True]
 
 
 def test_novel_lanes_leave_room_for_facts(tokenizer):

@@ -12,7 +12,8 @@ logger = logging.getLogger(__name__)
 
 IGNORED = -100
 WEIGHTS = "loss_weights"
-TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", WEIGHTS)
+SOURCES = "sources"
+TOKEN_COLUMNS = ("input_ids", "labels", "attention_mask", WEIGHTS, SOURCES)
 ADD_LABELS = (
     "add labels (for language modelling: the input_ids themselves), or make the rows with pack_documents or "
     "summarization_rows"
@@ -29,8 +30,9 @@ class InfiniCollator:
 
     Returns, when called with a list of rows:
         `dict[str, torch.Tensor]`: `input_ids`, `labels` (-100 at padding) and `attention_mask` (0 at padding), each
-        `(batch, seq_len)` int64; when every row has them, `loss_weights` `(batch, seq_len)` float32 (0 at padding),
-        `document` and `part`, `(batch,)` int64; when a row has it, `dilute`, `(batch,)` bool: whether memory dilution
+        `(batch, seq_len)` int64; when every row has them, `document` and `part`, `(batch,)` int64; when a row has one,
+        `loss_weights` `(batch, seq_len)` float32 (0 at padding, 1 in rows without), `sources` `(batch, seq_len)` int64
+        (the column of the token that a token repeats, or -1), and `dilute`, `(batch,)` bool: whether memory dilution
         may scale the row's writes. Other columns are left out.
 
     Raises:
@@ -62,6 +64,9 @@ class InfiniCollator:
         if any(WEIGHTS in row for row in rows):
             rows = [{WEIGHTS: torch.ones(len(row["input_ids"])), **row} for row in rows]
             batch[WEIGHTS] = self.padded(rows, WEIGHTS, 0.0)
+        if any(SOURCES in row for row in rows):
+            rows = [{SOURCES: torch.full((len(row["input_ids"]),), -1), **row} for row in rows]
+            batch[SOURCES] = self.padded(rows, SOURCES, -1)
         if any("dilute" in row for row in rows):
             batch["dilute"] = torch.tensor([bool(row.get("dilute", True)) for row in rows])
         for name in ("document", "part"):

@@ -76,8 +76,9 @@ class MemoryRows(torch.utils.data.Dataset):
         style ([`MemoryRowStyle`], *optional*): what the rows are made of.
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
 
-    Each item is `{"input_ids", "labels", "loss_weights"}`, tensors `(seq_len,)` of int64, int64, float32: the labels
-    are the ids, the weight of an answer's tokens is above 1. With `novel_lanes` it has `document` and `part` (what
+    Each item is `{"input_ids", "labels", "loss_weights", "sources"}`, tensors `(seq_len,)`, the weights float32, the
+    others int64: the labels are the ids, the weight of an answer's tokens is above 1, and their sources are columns
+    where they were stated first, -1 for all other tokens. With `novel_lanes` it has `document` and `part` (what
     reads on where); with these, or without `dilute_named`, also `dilute`: whether its writes may be scaled, which
     those of a novel never are, since its memory is carried on.
 
@@ -129,7 +130,7 @@ class MemoryRows(torch.utils.data.Dataset):
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
         answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
-        row = as_row(ids, weights)
+        row = {**as_row(ids, weights), "sources": torch.from_numpy(sources_of(ids, answers > 0, len(body)))}
         if style.novel_lanes or not style.dilute_named:
             row["dilute"] = style.dilute_named or not facts[0].name
         return {**row, "document": -1 - index, "part": 0} if style.novel_lanes else row
@@ -138,7 +139,8 @@ class MemoryRows(torch.utils.data.Dataset):
         # Readings of all lanes have numbers of their own.
         document = reading * self.style.novel_lanes + lane
         ids = self.novels[start : start + length]
-        return {**as_row(ids, np.ones(length)), "document": document, "part": part, "dilute": False}
+        row = {**as_row(ids, np.ones(length)), "sources": torch.full((length,), -1)}
+        return {**row, "document": document, "part": part, "dilute": False}
 
     def _draw_facts(self, rng, length):
         style = self.style
@@ -190,6 +192,19 @@ def as_row(ids, weights):
     """The columns of a row of which every token is learned."""
     ids = torch.from_numpy(ids.astype(np.int64))
     return {"input_ids": ids, "labels": ids.clone(), "loss_weights": torch.from_numpy(weights.astype(np.float32))}
+
+
+def sources_of(ids, marked, room):
+    """For each marked token of `ids` the column where its run of marked tokens first occurs in `ids[:room]`, or -1."""
+    sources = np.full(len(ids), -1, dtype=np.int64)
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]])))
+    for start, end in edges.reshape(-1, 2):
+        if end - start <= room:
+            windows = np.lib.stride_tricks.sliding_window_view(ids[:room], end - start)
+            found = np.flatnonzero((windows == ids[start:end]).all(1))
+            if len(found):
+                sources[start:end] = found[0] + np.arange(end - start)
+    return sources
 
 
 def readings(rng, lengths, tokens, longest, style):

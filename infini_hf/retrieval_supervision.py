@@ -1,0 +1,171 @@
+"""Retrieval supervision: in training, the memory is told which token each token of an answer should be read from.
+
+What a query weighs token t of the memory with is its share of the denominator of Eq. 3, and the shares sum to one:
+
+    share_t = σ(q) σ(k_t) / (σ(q) z)        loss = -log share of the source
+
+The language-model loss has to find out by itself which heads are to tell facts apart, and is content with a few.
+This loss reaches the keys and queries of every head of the layers that it is asked for. It needs the source of each
+answer, which rows that were made for it know; reading needs nothing. Its idea is that of the supporting facts of
+memory networks (Weston et al., arXiv 1410.3916).
+"""
+
+from contextlib import contextmanager
+
+import torch
+
+from . import memory as memory_math
+from .attention import InfiniAttention
+from .cache import infini_config_of
+from .projections import watched
+
+# -log of a share that has vanished stays finite.
+SMALLEST_SHARE = 1e-12
+NONE = (torch.empty(0, dtype=torch.int64),) * 4
+
+
+class RetrievalSupervision:
+    """What each told token counts, in which layers, and against what else.
+
+    Args:
+        weight (`float`): what -log share counts for each told token, beside the loss of one token.
+        layers (`list[int]`, *optional*): indices of the patched layers that are told; all of them by default.
+        negatives (`float`, *optional*, defaults to `0.0`): how much of the other rows' memories a share has to stand
+            up to beside its own row's, as if these had been read too. Rows whose writes are scaled are left out.
+    """
+
+    def __init__(self, weight, layers=None, negatives=0.0):
+        self.weight, self.layers, self.negatives = weight, layers, negatives
+        # Since the last log: the sum of the shares of the sources, and their number.
+        self.shares = torch.zeros(2, dtype=torch.float64)
+
+    def layers_of(self, model):
+        """The patched layers that are told.
+
+        Raises:
+            ValueError: names the indices that are no patched layers.
+        """
+        patched = {module.layer_idx: module for module in model.modules() if isinstance(module, InfiniAttention)}
+        wanted = sorted(patched) if self.layers is None else self.layers
+        absent = sorted(set(wanted) - set(patched))
+        if absent:
+            raise ValueError(f"retrieval_layers={list(wanted)}: {absent} are not among the patched {sorted(patched)}")
+        return [patched[index] for index in wanted]
+
+    @contextmanager
+    def reading(self, model, sources, attention_mask, seen, write_scale=None, watch=None):
+        """Watch a micro-batch being read, segment after segment.
+
+        Args:
+            model (`PreTrainedModel`): the patched model.
+            sources (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, for each token the column of the token that
+                it repeats, or -1; without it, or at weight 0, nothing is watched.
+            attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
+            seen (`tuple[int, ...]`): tokens that each row's memory had read before; empty for none.
+            write_scale (`torch.Tensor`, *optional*): as in [`infini_hf.segment_step.StepOptions`].
+            watch (`Callable`, *optional*): told of each segment as well.
+
+        Yields:
+            [`Reading`]: its `begin` is to be told of each segment; its `loss` is the sum over the told tokens.
+        """
+        config = infini_config_of(model.config)
+        on = bool(self.weight) and sources is not None
+        layers = self.layers_of(model) if on else []
+        told = told_tokens(sources, attention_mask, seen, config.segment_length) if on else NONE
+        reading = Reading(config, len(layers), told, write_scale if on else None, self.negatives, watch)
+        with watched(layers, reading.note):
+            yield reading
+        self.shares += reading.shares.double().cpu()
+
+    def metrics(self):
+        """What is logged: the mean share of the sources since this was last asked."""
+        total, count = self.shares.tolist()
+        self.shares.zero_()
+        return {"retrieval_share": total / count} if count else {}
+
+
+def told_tokens(sources, attention_mask, seen, length):
+    """The tokens whose source lies in the memory: `(rows, asked, stated, closed)`, each `(n,)` int64.
+
+    `asked` is the column that predicts the token, `stated` that of its source, `closed` counts the segments that the
+    row closes before that of the source. A query that the boundary of a segment parts from the first column of its
+    call reads another memory than the one the call began with, and is left out.
+    """
+    columns = torch.ones_like(sources) if attention_mask is None else attention_mask.long()
+    began = torch.tensor(seen or (0,) * len(sources), device=sources.device)
+    segment = (columns.cumsum(1) - 1 + began[:, None]).div(length, rounding_mode="floor")
+    rows, token = (sources >= 0).nonzero(as_tuple=True)
+    stated, asked = sources[rows, token], token - 1
+    now, then = segment[rows, asked], segment[rows, stated]
+    # The first token of a row is predicted by none.
+    kept = (token > 0) & (then < now) & (segment[rows, asked.clamp_min(0) // length * length] == now)
+    closed = then - began[rows] // length
+    return rows[kept], asked[kept], stated[kept], closed[kept]
+
+
+class Reading:
+    """One micro-batch: keeps the keys of its segments, and adds up the loss as the queries come.
+
+    Attributes:
+        loss (`torch.Tensor`): the sum of -log share over the told tokens, of its mean over heads and layers.
+        shares (`torch.Tensor`): `(2,)`, the sum of the shares and the number of the told tokens.
+    """
+
+    def __init__(self, config, layers, told, write_scale=None, negatives=0.0, watch=None):
+        self.config, self.layers, self.negatives, self.watch = config, layers, negatives, watch
+        self.rows, self.asked, self.stated, closed = told
+        self.times = self.unscaled = None
+        if write_scale is not None:
+            write_scale = write_scale.to(self.rows.device)
+            self.times = write_scale[self.rows, closed.clamp_max(write_scale.shape[1] - 1)]
+            self.unscaled = (write_scale == 1).all(1)
+        # No segment has begun: ranks may read filling first.
+        self.keys, self.norms, self.index = {}, {}, None
+        self.loss, self.shares = 0.0, torch.zeros(2, device=self.rows.device)
+
+    def begin(self, index, cache):
+        """Called before segment `index` with the cache that enters it."""
+        if self.watch is not None:
+            self.watch(index, cache)
+        self.index = index
+        for layer_index, layer in cache.infini_layers.items():
+            self.norms[layer_index] = layer.memory_norm
+            if index and not layer.memory_norm.requires_grad:
+                # Where the state is cut, the gradient does not go around it.
+                self.keys[layer_index] = [keys.detach() for keys in self.keys.get(layer_index, [])]
+
+    def note(self, layer, queries, keys):
+        """Called by each layer with what it has projected of the segment."""
+        if self.index is None:
+            return
+        held = self.keys.setdefault(layer.layer_idx, [])
+        held.append(keys)
+        length = self.config.segment_length
+        here = (self.asked // length == self.index).nonzero().flatten()
+        if not len(here):
+            return
+        rows, asked = self.rows[here], self.asked[here] - self.index * length
+        gate, kind = layer.memory_gate, self.config.feature_map
+        with memory_math.no_autocast(queries):
+            # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim)
+            query = memory_math.map_queries(gate.center_queries(queries)[rows, :, asked], kind)
+            source = gate.center_keys(torch.cat(held, dim=2))[rows, :, self.stated[here]]
+            source = memory_math.map_keys(source, kind)
+            if self.times is not None:
+                source = source * self.times[here, None, None]
+            groups = query.shape[1] // source.shape[1]
+            norms = self.norms[layer.layer_idx]
+            parts = (part.repeat_interleave(groups, dim=1) for part in (source, norms[rows], self.others(norms)[rows]))
+            own, total, more = ((query * part).sum(-1) for part in parts)
+            shares = own / (total + more).clamp_min(memory_math.SMALLEST_NORM)
+            # What the row's own memory returns, whatever the sources had to stand up to.
+            told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
+        self.loss = self.loss - shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum() / self.layers
+        self.shares += torch.stack([told, told.new_tensor(len(here))]) / self.layers
+
+    def others(self, norms):
+        """What z of the other rows is taken to add to that of each row, `(batch, num_kv_heads, head_dim)`."""
+        if not self.negatives:
+            return torch.zeros_like(norms)
+        norms = norms if self.unscaled is None else norms * self.unscaled[:, None, None]
+        return self.negatives * (norms.sum(0) - norms)

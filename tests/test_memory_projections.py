@@ -1,0 +1,160 @@
+"""The memory's own projections: nothing at first, a known number after, and part of everything that a gate is."""
+
+import copy
+
+import pytest
+import torch
+from models import build, build_patched, random_ids, relative_error
+from peft import get_peft_model
+from training import make_trainer, tiny_model
+
+import infini_hf
+from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, patch_model, unpatch_model
+from infini_hf.attention import InfiniAttention
+from infini_hf.calibration import add_memory_projections, calibrate_memory
+from infini_hf.lora import load_adapter, lora_config
+
+OPTIONS = {"segment_length": 8, "feature_map": "exp", "overlap": 2}
+
+
+def gates_of(model):
+    return [module.memory_gate for module in model.modules() if isinstance(module, InfiniAttention)]
+
+
+@torch.no_grad()
+def logits_of(model, ids):
+    return model(ids, use_cache=False).logits
+
+
+def projected(family="llama", **options):
+    """A calibrated model whose projections have been moved far from where they begin."""
+    model = calibrate_memory(build_patched(family, **{**OPTIONS, **options}), random_ids(1, 64))
+    generator = torch.Generator().manual_seed(9)
+    for gate in gates_of(add_memory_projections(model)):
+        for projection in (gate.query_projection, gate.key_projection):
+            weight = projection.weight
+            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
+    return model
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("kind", ["elu", "exp"])
+def test_untrained_projections_change_nothing(family, kind):
+    model, ids = build_patched(family, **{**OPTIONS, "feature_map": kind}), random_ids(2, 40)
+    if kind == "exp":
+        calibrate_memory(model, random_ids(1, 64))
+    before = logits_of(model, ids)
+    assert add_memory_projections(model) is model
+    assert torch.equal(logits_of(model, ids), before)
+    first = gates_of(model)[0].query_projection
+    assert gates_of(add_memory_projections(model))[0].query_projection is first
+    assert gates_of(model)[0].query_shift is None
+
+
+def test_features_may_change_places():
+    """A permutation of the channels of queries and keys alike permutes the terms of every sum over them."""
+    model, ids = projected(), random_ids(2, 43)
+    before = logits_of(model, ids)
+    for gate in gates_of(model):
+        order = torch.randperm(8, generator=torch.Generator().manual_seed(1))
+        for projection in (gate.query_projection, gate.key_projection):
+            projection.weight.data = projection.weight.data[:, :, order]
+    assert relative_error(logits_of(model, ids), before) < 1e-5
+    gates_of(model)[1].key_projection.weight.data = gates_of(model)[1].key_projection.weight.data[:, :, order]
+    assert relative_error(logits_of(model, ids), before) > 1e-3
+
+
+def test_keys_are_written_and_queries_asked_through_them():
+    """Projecting the keys by W is the same as asking a model whose key weights are multiplied by W."""
+    model, ids = build_patched("llama", **OPTIONS), random_ids(2, 43)
+    add_memory_projections(model)
+    twin = copy.deepcopy(model)
+    ours, theirs = (model.model.layers[1].self_attn for model in (model, twin))
+    key_weight, query_weight = (torch.eye(8) + 0.3 * torch.randn(8, 8) for _ in range(2))
+    ours.memory_gate.key_projection.weight.data[:, :-1] = key_weight
+    ours.memory_gate.query_projection.weight.data[:, :-1] = query_weight
+
+    def project(hidden_states):
+        queries, keys, values = type(theirs).project(theirs, hidden_states)
+        met.append((queries, keys))
+        return queries, keys, values
+
+    # The twin's layer is asked with what the weights give, multiplied by hand.
+    met, gate = [], theirs.memory_gate
+    theirs.project = project
+    gate.center_keys = lambda keys: keys @ key_weight
+    gate.center_queries = lambda queries: queries @ query_weight
+    assert relative_error(logits_of(model, ids), logits_of(twin, ids)) < 1e-5
+    assert met
+
+
+def test_chunks_and_static_decoding_go_through_them():
+    model, ids = projected(), random_ids(2, 43, seed=1)
+    cache, parts = InfiniCache(model.config), []
+    with torch.no_grad():
+        for chunk in ids.split(5, dim=1):
+            parts.append(model(chunk, past_key_values=cache).logits)
+    assert relative_error(torch.cat(parts, dim=1), logits_of(model, ids)) < 1e-5
+    options = {"max_new_tokens": 20, "do_sample": False, "disable_compile": True}
+    expected = infini_hf.generate(model, ids, **options)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
+
+
+def test_they_are_saved_loaded_and_taken_off_with_the_gates(tmp_path):
+    model, ids = projected(), random_ids(2, 40, seed=1)
+    model.save_pretrained(tmp_path)
+    loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
+    assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
+    low = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager", dtype="bfloat16")
+    assert gates_of(low)[0].key_projection.weight.dtype == torch.float32
+    assert not any("memory_gate" in key for key in unpatch_model(model).state_dict())
+    assert torch.equal(logits_of(patch_model(model, InfiniConfig(**OPTIONS)), ids), logits_of(build_fresh(), ids))
+
+
+def build_fresh():
+    return patch_model(build("llama"), InfiniConfig(**OPTIONS))
+
+
+def test_an_adapter_brings_them_along(tmp_path):
+    model, ids = projected(), random_ids(2, 40, seed=1)
+    adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"])).eval()
+    trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    assert any("query_projection" in name for name in trained)
+    expected = logits_of(adapted, ids)
+    adapted.save_pretrained(tmp_path)
+    loaded = load_adapter(build("llama"), tmp_path).eval()
+    assert torch.equal(logits_of(loaded, ids), expected)
+    assert relative_error(logits_of(loaded.merge_and_unload(), ids), expected) < 1e-5
+
+
+def test_every_parameter_has_a_gradient_wherever_the_gate_is_reached():
+    model = projected().train()
+    for length in (5, 8, 24):
+        model.zero_grad()
+        ids = random_ids(1, length)
+        model(ids, labels=ids, use_cache=False).loss.backward()
+        assert all(parameter.grad is not None for parameter in model.parameters()), length
+        moved = gates_of(model)[0].key_projection.weight.grad.abs().max() > 0
+        assert moved == (length > 8)
+
+
+def test_the_trainer_gives_them_a_learning_rate_of_their_own(tmp_path):
+    model = add_memory_projections(tiny_model(feature_map="exp"))
+    rates = {"memory_gate_learning_rate": 0.5, "memory_projection_learning_rate": 0.25, "weight_decay": 0.1}
+    trainer = make_trainer(tmp_path, model=model, learning_rate=0.125, **rates)
+    groups = trainer.create_optimizer().param_groups
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    found = {names[id(parameter)]: group for group in groups for parameter in group["params"]}
+    assert found.keys() == set(names.values())
+    for name, group in found.items():
+        expected = 0.5 if name.endswith("memory_gate.bias") else 0.25 if "_projection" in name else 0.125
+        assert group["lr"] == expected, name
+        assert group["weight_decay"] == (0.1 if expected == 0.125 and "norm" not in name else 0.0), name
+    before = gates_of(model)[0].query_projection.weight.clone()
+    trainer.train()
+    assert not torch.equal(gates_of(model)[0].query_projection.weight, before)
+
+
+def test_a_plain_model_has_no_memory_to_project():
+    with pytest.raises(ValueError, match="not patched"):
+        add_memory_projections(build("llama"))

@@ -1,0 +1,234 @@
+"""Retrieval supervision against every weight of the memory worked out one by one."""
+
+import pytest
+import torch
+from models import build_patched, random_ids
+from training import GradientCatcher, logged, losses_of, make_trainer, tiny_model, tiny_rows
+
+from infini_hf import InfiniCache, InfiniTrainingArguments
+from infini_hf import memory as memory_math
+from infini_hf.attention import InfiniAttention
+from infini_hf.projections import watched
+from infini_hf.retrieval_supervision import RetrievalSupervision
+from infini_hf.segment_step import StepObserver, StepOptions, cut_segments, segment_major_loss
+
+L = 8
+
+
+def some_sources(batch, length, seed=0):
+    """A random earlier column for a third of the tokens, -1 for the others."""
+    generator = torch.Generator().manual_seed(seed)
+    earlier = (torch.rand(batch, length, generator=generator) * torch.arange(length)).long()
+    return torch.where(torch.rand(batch, length, generator=generator) < 1 / 3, earlier, -1)
+
+
+def supervised(model, ids, sources, mask=None, layers=None, negatives=0.0, cache=None, **options):
+    """The loss of a batch read segment after segment, and the reading."""
+    supervision = RetrievalSupervision(1.0, layers, negatives)
+    cache = InfiniCache(model.config) if cache is None else cache
+    scale = options.get("write_scale")
+    with supervision.reading(model, sources, mask, cache.seen, scale) as told:
+        segments = cut_segments(ids, mask, None, L, trim=False)
+        for segment in segments:
+            segment.targets = torch.full_like(segment.input_ids, -100)
+        options = StepOptions(recompute=False, **options)
+        segment_major_loss(model, segments, cache, 1, options, StepObserver(told.begin))
+    return told
+
+
+def projections(model, ids, mask=None, scale=None):
+    """Centered queries and keys of every layer for the whole rows, in layer-major order."""
+    found = {}
+
+    def note(layer, queries, keys):
+        gate = layer.memory_gate
+        found[layer.layer_idx] = gate.center_queries(queries), gate.center_keys(keys)
+
+    with watched([module for module in model.modules() if isinstance(module, InfiniAttention)], note):
+        model(ids, attention_mask=mask, use_cache=False, **({} if scale is None else {"memory_scale": scale}))
+    return found
+
+
+def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=None, seen=0):
+    """Sums over the told tokens, one by one: -log share, the share in the own row alone, and their number."""
+    kind = model.config.infini_attention["feature_map"]
+    mask_ = torch.ones_like(ids) if mask is None else mask
+    segment = (mask_.cumsum(1) - 1 + seen) // L
+    times = torch.ones(ids.shape) if scale is None else scale.gather(1, segment.clamp(0, scale.shape[1] - 1))
+    losses, shares = [], []
+    for index, (queries, keys) in projections(model, ids, mask, scale).items():
+        if layers is not None and index not in layers:
+            continue
+        queries, keys = memory_math.map_queries(queries, kind), memory_math.map_keys(keys, kind)
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        for row, column in (sources >= 0).nonzero().tolist():
+            asked, source = column - 1, sources[row, column]
+            if column == 0 or segment[row, source] >= segment[row, asked]:
+                continue
+            if segment[row, asked // L * L] != segment[row, asked]:
+                continue
+            total = 0.0
+            for other in range(len(ids)):
+                # What the memory of a row holds when the call begins.
+                held = (segment[other] < segment[other, asked // L * L]) & (mask_[other] > 0)
+                weights = torch.einsum("hd,htd->ht", queries[row, :, asked], keys[other]) * times[other]
+                if other == row:
+                    shares.append((weights[:, source] / (weights * held).sum(1)).mean())
+                    total, own = total + (weights * held).sum(1), weights[:, source]
+                elif negatives and (scale is None or bool((scale[other] == 1).all())):
+                    total = total + negatives * (weights * held).sum(1)
+            losses.append(-(own / total).log().mean())
+    count = len(layers) if layers else model.config.num_hidden_layers
+    return torch.stack(losses).sum() / count, torch.stack(shares).sum().item() / count, len(losses) / count
+
+
+def shifted(model):
+    """Give the gates shifts, as calibration does."""
+    generator = torch.Generator().manual_seed(4)
+    for module in model.modules():
+        if isinstance(module, InfiniAttention):
+            config = model.config
+            shapes = (config.num_attention_heads, config.head_dim), (config.num_key_value_heads, config.head_dim)
+            module.memory_gate.set_shifts(*(torch.randn(shape, generator=generator) for shape in shapes))
+    return model
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize(("kind", "layers", "negatives"), [("elu", None, 0.0), ("exp", [1], 0.5)])
+def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, layers, negatives, padding):
+    model = shifted(build_patched("llama", segment_length=L, overlap=3, feature_map=kind)).train()
+    ids, sources, mask = random_ids(3, 4 * L + 3), some_sources(3, 4 * L + 3), None
+    if padding is not None:
+        mask = torch.ones_like(ids)
+        padded = slice(None, 5) if padding == "left" else slice(-5, None)
+        mask[1, padded] = 0
+        # Nobody is told of padding.
+        sources[1, padded] = -1
+        sources[1][sources[1] < 5 if padding == "left" else sources[1] >= ids.shape[1] - 5] = -1
+    told = supervised(model, ids, sources, mask, layers, negatives)
+    expected, share, count = oracle(model, ids, sources, mask, layers, negatives)
+    torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
+    assert told.shares.tolist() == pytest.approx([share, count], rel=1e-4)
+    told.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected.backward()
+    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert ours["model.layers.1.self_attn.k_proj.weight"].abs().max() > 1e-3
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(
+            ours[name], gradient, rtol=1e-3, atol=1e-4 * max(1e-3, gradient.abs().max().item()), msg=name
+        )
+
+
+def test_a_source_counts_as_often_as_it_was_written_and_scaled_rows_are_no_negatives():
+    model = build_patched("llama", segment_length=L, overlap=3, feature_map="exp").train()
+    ids, sources = random_ids(3, 4 * L), some_sources(3, 4 * L)
+    scale = torch.tensor([[1.0, 9.0, 1.0, 1.0], [1.0, 1.0, 1.0, 1.0], [30.0, 1.0, 4.0, 1.0]])
+    told = supervised(model, ids, sources, negatives=0.5, write_scale=scale)
+    expected, _, _ = oracle(model, ids, sources, negatives=0.5, scale=scale)
+    torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
+    plain = supervised(model, ids, sources, negatives=0.5)
+    assert not torch.isclose(plain.loss, told.loss, rtol=1e-2)
+
+
+def test_what_was_read_before_the_row_stands_beside_its_sources():
+    model = build_patched("llama", segment_length=L, feature_map="exp").train()
+    ids, sources = random_ids(2, 6 * L), some_sources(2, 6 * L)
+    whole = sources.clone()
+    # Sources before the cut do not exist for the second half.
+    whole[:, : 3 * L] = -1
+    whole[whole < 3 * L] = -1
+    cache = InfiniCache(model.config)
+    with torch.no_grad():
+        model(ids[:, : 3 * L], past_key_values=cache)
+    half = torch.where(whole >= 0, whole - 3 * L, -1)[:, 3 * L :]
+    scale = torch.tensor([[5.0, 1.0, 2.0], [1.0, 7.0, 1.0]])
+    told = supervised(model, ids[:, 3 * L :], half, cache=cache, write_scale=scale)
+    expected, _, count = oracle(model, ids, whole, scale=torch.cat([torch.ones(2, 3), scale], dim=1))
+    assert count
+    torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_state_is_cut_the_gradient_does_not_go_around_it():
+    model = build_patched("llama", segment_length=L, feature_map="exp").train()
+    ids = random_ids(1, 3 * L)
+    sources = torch.full_like(ids, -1)
+    sources[0, 2 * L + 4] = 3
+    embeddings = []
+    model.get_input_embeddings().register_forward_hook(
+        lambda module, args, output: embeddings.append(output.requires_grad_()) or output.retain_grad()
+    )
+    for bptt, reaches in ((None, True), (1, False)):
+        embeddings.clear()
+        supervised(model, ids, sources, bptt_segments=bptt).loss.backward()
+        gradient = embeddings[0].grad
+        assert (gradient is not None and bool(gradient.abs().max() > 0)) == reaches
+
+
+def told_rows(length=40):
+    """Rows whose last tokens repeat their first."""
+    rows = tiny_rows(documents=4, parts=1, last=length)
+    for row in rows:
+        ids = [*row["input_ids"][:-4], *row["input_ids"][2:6]]
+        row.update(input_ids=ids, labels=ids, sources=[-1] * (length - 4) + [2, 3, 4, 5])
+    return rows
+
+
+OPTIONS = {"retrieval_weight": 3.0, "retrieval_negatives": 0.5, "recompute_segments": False, "max_steps": 1}
+
+
+def test_the_trainer_adds_it_to_the_loss_and_logs_the_share(tmp_path):
+    rows = told_rows()
+    options = {**OPTIONS, "retrieval_negatives": 0.0, "per_device_train_batch_size": 4}
+    plain = make_trainer(tmp_path, rows=rows, **{**options, "retrieval_weight": 0.0})
+    taught = make_trainer(tmp_path, rows=rows, **options)
+    ids, sources = (torch.tensor([row[name] for row in rows]) for name in ("input_ids", "sources"))
+    loss, share, count = oracle(tiny_model().train(), ids, sources)
+    assert count == 16
+    (without,), (found,) = losses_of(plain), losses_of(taught)
+    assert found - without == pytest.approx(3.0 * loss.item() / (4 * 39), rel=1e-4)
+    assert logged(taught, "retrieval_share")[0] == pytest.approx(share / count, rel=1e-4)
+    assert not logged(plain, "retrieval_share")
+
+
+def test_gradients_do_not_depend_on_how_rows_are_divided_into_micro_batches(tmp_path):
+    found = []
+    for size, accumulation in ((4, 1), (2, 2)):
+        catcher = GradientCatcher()
+        make_trainer(
+            tmp_path,
+            rows=told_rows(),
+            parts={"callbacks": [catcher]},
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=accumulation,
+            max_grad_norm=0.0,
+            **{**OPTIONS, "retrieval_negatives": 0.0},
+        ).train()
+        found.append(catcher.steps[0])
+    for name, gradient in found[0].items():
+        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_filling_of_ranks_is_not_taken_for_a_segment():
+    model = build_patched("llama", segment_length=L).train()
+    ids, sources = random_ids(2, 3 * L), some_sources(2, 3 * L)
+    expected = supervised(model, ids, sources).loss
+    assert torch.equal(supervised(model, ids, sources, filling=2).loss, expected)
+
+
+def test_layers_go_back_to_their_own_projections():
+    model = build_patched("llama", segment_length=L)
+    supervised(model, random_ids(1, 2 * L), some_sources(1, 2 * L))
+    assert not any("project" in vars(module) for module in model.modules())
+
+
+def test_what_cannot_be_told_is_refused(tmp_path):
+    model, ids = build_patched("llama", segment_length=L), random_ids(1, 2 * L)
+    with pytest.raises(ValueError, match=r"retrieval_layers=\[1, 5\]: \[5\] are not among the patched \[0, 1\]"):
+        supervised(model, ids, some_sources(1, 2 * L), layers=[1, 5])
+    with pytest.raises(ValueError, match="set recompute_segments=False"):
+        InfiniTrainingArguments(str(tmp_path), use_cpu=True, retrieval_weight=1.0)
+    for name in ("retrieval_weight", "retrieval_negatives"):
+        with pytest.raises(ValueError, match=f"{name}=-1.0: must be at least 0"):
+            InfiniTrainingArguments(str(tmp_path), use_cpu=True, recompute_segments=False, **{name: -1.0})
