@@ -5,11 +5,8 @@ such a channel outweighs all others, and the memory returns the mean of everythi
 soon mends. Subtracting the mean of each channel, once, before training, leaves what differs from token to token.
 """
 
-import torch
-
 from .attention import InfiniAttention
 from .cache import InfiniCache, infini_config_of
-from .gate import centering
 from .projections import watched
 from .streaming import prefill, require_patched
 
@@ -45,7 +42,8 @@ def calibrate_memory(model, ids, progress=True):
         `PreTrainedModel`: the same object.
 
     Raises:
-        ValueError: when the model is not patched, its feature map is another, or there is nothing to read.
+        ValueError: when the model is not patched, its feature map is another, the memory has projections of its own,
+            or there is nothing to read.
     """
     inner = require_patched(model)
     feature_map = infini_config_of(inner.config).feature_map
@@ -55,6 +53,11 @@ def calibrate_memory(model, ids, progress=True):
             "feature_map='exp', or leave the calibration out"
         )
     layers = [module for module in inner.modules() if isinstance(module, InfiniAttention)]
+    if any(layer.memory_gate.query_projection is not None for layer in layers):
+        raise ValueError(
+            "the memory has projections of its own, which have learned with the channels as they are: calibrate "
+            "first, then call add_memory_projections"
+        )
     means = {layer: (ChannelMean(), ChannelMean()) for layer in layers}
 
     def note(layer, *projected):
@@ -90,10 +93,6 @@ def add_memory_projections(model):
     for layer in require_patched(model).modules():
         if not isinstance(layer, InfiniAttention) or layer.memory_gate.query_projection is not None:
             continue
-        gate, dim = layer.memory_gate, layer.head_dim
-        shifts = gate.query_shift, gate.key_shift
-        if gate.query_shift is None:
-            heads = gate.bias.numel()
-            shifts = torch.zeros(heads, dim), torch.zeros(heads // layer.num_key_value_groups, dim)
-        gate.set_projections(*(centering(shift) for shift in shifts))
+        gate = layer.memory_gate
+        gate.add_projections(gate.bias.numel() // layer.num_key_value_groups, layer.head_dim)
     return model

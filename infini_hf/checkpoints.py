@@ -10,6 +10,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from .cache import infini_config_of
 from .config import InfiniConfig
+from .gate import HeadProjection
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +81,7 @@ def describe(trainer):
     return {
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
+        "projections": any(isinstance(module, HeadProjection) for module in trainer.model.modules()),
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
         "processes": args.world_size,
@@ -106,6 +108,12 @@ def check_resume(folder, trainer):
         raise ValueError(
             f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
             "resume, or load the weights and start a new run"
+        )
+    if theirs.get("projections", False) != ours["projections"]:
+        has, has_not = ("checkpoint", "model") if theirs.get("projections") else ("model", "checkpoint")
+        raise ValueError(
+            f"{folder}: the {has} has projections of the memory's own and the {has_not} has none: resume with the "
+            "same (infini_hf.calibration.add_memory_projections), or start a new run from its weights"
         )
     if theirs["carry_memory"] != ours["carry_memory"]:
         raise ValueError(

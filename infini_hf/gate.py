@@ -43,6 +43,13 @@ class MemoryGate(nn.Module):
         self.key_projection = HeadProjection(key_weight.detach().to(device, torch.float32).clone())
         self.query_shift = self.key_shift = None
 
+    def add_projections(self, num_kv_heads, head_dim):
+        """Projections that change nothing yet: they subtract the shifts, where there are some."""
+        shifts = self.query_shift, self.key_shift
+        if self.query_shift is None:
+            shifts = torch.zeros(self.bias.numel(), head_dim), torch.zeros(num_kv_heads, head_dim)
+        self.set_projections(*(centering(shift) for shift in shifts))
+
     def center_queries(self, queries):
         """Queries `(batch, num_heads, seq_len, head_dim)` as the memory is asked with them."""
         if self.query_projection is not None:
@@ -109,18 +116,3 @@ def centering(shift):
 def centered(states, shift):
     """`(batch, heads, seq_len, head_dim)` less `(heads, head_dim)`, float32."""
     return states.float() - shift.to(states.device, torch.float32)[:, None]
-
-
-def trainable(model, kind):
-    """Parameters of the modules of `kind` that are trained themselves, in the order of the layers."""
-    modules = [module for module in model.modules() if isinstance(module, kind)]
-    return [parameter for module in modules for parameter in module.parameters(False) if parameter.requires_grad]
-
-
-def part_from_weights(optimizer, parameters, rate):
-    """Put parameters into a group of their own, with the learning rate `rate` and no weight decay."""
-    ids = {id(parameter) for parameter in parameters}
-    for group in optimizer.param_groups:
-        group["params"] = [parameter for parameter in group["params"] if id(parameter) not in ids]
-    if parameters:
-        optimizer.add_param_group({"params": parameters, "weight_decay": 0.0, "lr": rate})

@@ -27,6 +27,7 @@ from .patching import is_patched, patch_model, unpatch_model
 from .streaming import require_patched
 
 GATE_MODULE = GATE.split(".")[0]
+GATE_PARTS = ("query_shift", "key_shift", "query_projection", "key_projection")
 # What PEFT puts before the names of the model that it wraps.
 PREFIX = "base_model.model."
 # Options of a hub or of accelerate, which the base and the adapter need alike, and those of PEFT alone.
@@ -145,7 +146,8 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
             patch_model(model, patch)
             undo.callback(unpatch_model, model)
         check_gates(model, shapes, directory)
-        make_room(model, shapes)
+        make_room(model, shapes, undo)
+        check_gate_parts(model, shapes, directory)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
         peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)
@@ -213,19 +215,28 @@ def check_patch(own, patch, directory):
         )
 
 
-def make_room(model, shapes):
-    """Give a base the shifts, or the projections, that the adapter's gates were trained with, where it has none."""
-    for path, module in model.named_modules():
-        if not isinstance(module, InfiniAttention):
+def own_gates(model):
+    """The gates of a base's layers, by the name of the layer, without what PEFT may have put around them."""
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, InfiniAttention)}
+    return {path: getattr(layer.memory_gate, "original_module", layer.memory_gate) for path, layer in layers.items()}
+
+
+def make_room(model, shapes, undo):
+    """Give a base the shifts, or the projections, that the adapter's gates were trained with, where it has none.
+
+    What it is given changes nothing while the adapter is switched off.
+    """
+    for path, gate in own_gates(model).items():
+        if gate.query_projection is not None:
             continue
-        gate = module.memory_gate
-        for names, place, own in (
-            (SHIFTS, gate.set_shifts, gate.query_shift),
-            (PROJECTIONS, gate.set_projections, gate.query_projection),
-        ):
-            keys = [f"{PREFIX}{path}.{name}" for name in names]
-            if keys[0] in shapes and own is None:
-                place(*(torch.zeros(shapes[key]) for key in keys))
+        for part in GATE_PARTS:
+            undo.callback(setattr, gate, part, getattr(gate, part))
+        shifts, projections = ([f"{PREFIX}{path}.{name}" for name in names] for names in (SHIFTS, PROJECTIONS))
+        if projections[1] in shapes:
+            heads, _, dim = shapes[projections[1]]
+            gate.add_projections(heads, dim)
+        elif shifts[0] in shapes and gate.query_shift is None:
+            gate.set_shifts(*(torch.zeros(shapes[key]) for key in shifts))
 
 
 def check_gates(model, shapes, directory):
@@ -236,6 +247,17 @@ def check_gates(model, shapes, directory):
         raise ValueError(
             f"{directory}: the adapter holds no gate for {absent}: it was made for another base, or without the gates "
             "in modules_to_save; make it with infini_hf.lora.lora_config(model)"
+        )
+
+
+def check_gate_parts(model, shapes, directory):
+    """Raise when a base's gates have shifts or projections that the adapter's were trained without."""
+    names = [f"{path}.{GATE_MODULE}.{part}" for path, gate in own_gates(model).items() for part in gate.state_dict()]
+    absent = [name for name in names if f"{PREFIX}{name}" not in shapes]
+    if absent:
+        raise ValueError(
+            f"{directory}: the adapter's gates were trained without {absent}, which the base has: pass the base that "
+            "it was trained on"
         )
 
 

@@ -13,6 +13,7 @@ def watched(layers, note):
             `(batch, num_kv_heads, seq_len, head_dim)`, both before RoPE and in the graph of autograd.
     """
     layers = list(layers)
+    before = [vars(layer).get("project") for layer in layers]
 
     def watcher(layer, project):
         def watch(hidden_states):
@@ -27,5 +28,7 @@ def watched(layers, note):
             layer.project = watcher(layer, layer.project)
         yield
     finally:
-        for layer in layers:
+        for layer, project in zip(layers, before, strict=True):
             vars(layer).pop("project", None)
+            if project is not None:
+                layer.project = project

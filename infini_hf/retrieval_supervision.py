@@ -7,9 +7,11 @@ What a query weighs token t of the memory with is its share of the denominator o
 The language-model loss has to find out by itself which heads are to tell facts apart, and is content with a few.
 This loss reaches the keys and queries of every head of the layers that it is asked for. It needs the source of each
 answer, which rows that were made for it know; reading needs nothing. Its idea is that of the supporting facts of
-memory networks (Weston et al., arXiv 1410.3916).
+memory networks (Weston et al., arXiv 1410.3916). Of a fact that says its answer twice, the first mention is the
+source.
 """
 
+import logging
 from contextlib import contextmanager
 
 import torch
@@ -19,9 +21,10 @@ from .attention import InfiniAttention
 from .cache import infini_config_of
 from .projections import watched
 
+logger = logging.getLogger(__name__)
+
 # -log of a share that has vanished stays finite.
 SMALLEST_SHARE = 1e-12
-NONE = (torch.empty(0, dtype=torch.int64),) * 4
 
 
 class RetrievalSupervision:
@@ -36,8 +39,13 @@ class RetrievalSupervision:
 
     def __init__(self, weight, layers=None, negatives=0.0):
         self.weight, self.layers, self.negatives = weight, layers, negatives
-        # Since the last log: the sum of the shares of the sources, and their number.
-        self.shares = torch.zeros(2, dtype=torch.float64)
+        self.warned = False
+        self.restart()
+
+    def restart(self):
+        """Begin to count anew."""
+        # The sum of the shares of the sources, and their number: of the step, on this rank, and of all since a log.
+        self.shares, self.noted = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
 
     def layers_of(self, model):
         """The patched layers that are told.
@@ -46,10 +54,13 @@ class RetrievalSupervision:
             ValueError: names the indices that are no patched layers.
         """
         patched = {module.layer_idx: module for module in model.modules() if isinstance(module, InfiniAttention)}
-        wanted = sorted(patched) if self.layers is None else self.layers
+        wanted = sorted(patched) if self.layers is None else sorted(set(self.layers))
         absent = sorted(set(wanted) - set(patched))
-        if absent:
-            raise ValueError(f"retrieval_layers={list(wanted)}: {absent} are not among the patched {sorted(patched)}")
+        if absent or not wanted:
+            raise ValueError(
+                f"retrieval_layers={self.layers}: {absent or 'none'} are not among the patched {sorted(patched)}: "
+                "name patched layers, or leave it out for all"
+            )
         return [patched[index] for index in wanted]
 
     @contextmanager
@@ -69,18 +80,32 @@ class RetrievalSupervision:
             [`Reading`]: its `begin` is to be told of each segment; its `loss` is the sum over the told tokens.
         """
         config = infini_config_of(model.config)
-        on = bool(self.weight) and sources is not None
-        layers = self.layers_of(model) if on else []
-        told = told_tokens(sources, attention_mask, seen, config.segment_length) if on else NONE
-        reading = Reading(config, len(layers), told, write_scale if on else None, self.negatives, watch)
+        if sources is None or not self.weight:
+            yield Reading(config, watch=watch)
+            return
+        layers = self.layers_of(model)
+        told = told_tokens(sources, attention_mask, seen, config.segment_length)
+        reading = Reading(config, told, len(layers), write_scale, self.negatives, watch)
         with watched(layers, reading.note):
             yield reading
-        self.shares += reading.shares.double().cpu()
+        self.shares += reading.shares.cpu()
+
+    def note(self, shares):
+        """Count the shares of a step, of all ranks together, `(2,)`."""
+        self.noted += shares.double().cpu()
+        self.shares.zero_()
 
     def metrics(self):
         """What is logged: the mean share of the sources since this was last asked."""
-        total, count = self.shares.tolist()
-        self.shares.zero_()
+        total, count = self.noted.tolist()
+        self.noted.zero_()
+        if self.weight and not count and not self.warned:
+            logger.warning(
+                "retrieval_weight=%g, and no token of the steps before this log has its source in the memory: give "
+                "the rows a column `sources`, and put the sources segments before the answers",
+                self.weight,
+            )
+        self.warned = True
         return {"retrieval_share": total / count} if count else {}
 
 
@@ -107,21 +132,23 @@ class Reading:
     """One micro-batch: keeps the keys of its segments, and adds up the loss as the queries come.
 
     Attributes:
-        loss (`torch.Tensor`): the sum of -log share over the told tokens, of its mean over heads and layers.
+        loss (`torch.Tensor` or `float`): the sum over the told tokens of -log share, the mean over heads and layers.
         shares (`torch.Tensor`): `(2,)`, the sum of the shares and the number of the told tokens.
     """
 
-    def __init__(self, config, layers, told, write_scale=None, negatives=0.0, watch=None):
+    def __init__(self, config, told=None, layers=0, write_scale=None, negatives=0.0, watch=None):
         self.config, self.layers, self.negatives, self.watch = config, layers, negatives, watch
+        # No segment has begun: ranks may read filling first.
+        self.keys, self.norms, self.index = {}, {}, None
+        self.loss, self.shares, self.times = 0.0, torch.zeros(2), None
+        if told is None:
+            return
         self.rows, self.asked, self.stated, closed = told
-        self.times = self.unscaled = None
+        self.shares = self.shares.to(self.rows.device)
         if write_scale is not None:
             write_scale = write_scale.to(self.rows.device)
             self.times = write_scale[self.rows, closed.clamp_max(write_scale.shape[1] - 1)]
             self.unscaled = (write_scale == 1).all(1)
-        # No segment has begun: ranks may read filling first.
-        self.keys, self.norms, self.index = {}, {}, None
-        self.loss, self.shares = 0.0, torch.zeros(2, device=self.rows.device)
 
     def begin(self, index, cache):
         """Called before segment `index` with the cache that enters it."""
@@ -144,28 +171,30 @@ class Reading:
         here = (self.asked // length == self.index).nonzero().flatten()
         if not len(here):
             return
-        rows, asked = self.rows[here], self.asked[here] - self.index * length
-        gate, kind = layer.memory_gate, self.config.feature_map
-        with memory_math.no_autocast(queries):
-            # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim)
-            query = memory_math.map_queries(gate.center_queries(queries)[rows, :, asked], kind)
-            source = gate.center_keys(torch.cat(held, dim=2))[rows, :, self.stated[here]]
-            source = memory_math.map_keys(source, kind)
-            if self.times is not None:
-                source = source * self.times[here, None, None]
-            groups = query.shape[1] // source.shape[1]
-            norms = self.norms[layer.layer_idx]
-            parts = (part.repeat_interleave(groups, dim=1) for part in (source, norms[rows], self.others(norms)[rows]))
-            own, total, more = ((query * part).sum(-1) for part in parts)
-            shares = own / (total + more).clamp_min(memory_math.SMALLEST_NORM)
-            # What the row's own memory returns, whatever the sources had to stand up to.
-            told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
-        self.loss = self.loss - shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum() / self.layers
-        self.shares += torch.stack([told, told.new_tensor(len(here))]) / self.layers
+        # Layers may live on devices of their own.
+        device = queries.device
+        rows, asked, stated = (part[here].to(device) for part in (self.rows, self.asked, self.stated))
+        gate, kind, norms = layer.memory_gate, self.config.feature_map, self.norms[layer.layer_idx]
+        # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim), as rows of one token.
+        query = queries[rows, :, asked - self.index * length].unsqueeze(2)
+        source = torch.cat(held, dim=2)[rows, :, stated].unsqueeze(2)
+        query = memory_math.map_queries(gate.center_queries(query), kind).squeeze(2)
+        source = memory_math.map_keys(gate.center_keys(source), kind).squeeze(2)
+        if self.times is not None:
+            source = source * self.times[here, None, None].to(device)
+        groups = query.shape[1] // source.shape[1]
+        parts = (part.repeat_interleave(groups, dim=1) for part in (source, norms[rows], self.others(norms)[rows]))
+        own, total, more = ((query * part).sum(-1) for part in parts)
+        shares = own / (total + more).clamp_min(memory_math.SMALLEST_NORM)
+        # What the row's own memory returns, whatever the sources had to stand up to.
+        told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
+        loss = -shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum() / self.layers
+        self.loss = self.loss + loss.to(self.rows.device)
+        self.shares += torch.stack([told, told.new_tensor(len(here))]).to(self.rows.device) / self.layers
 
     def others(self, norms):
         """What z of the other rows is taken to add to that of each row, `(batch, num_kv_heads, head_dim)`."""
         if not self.negatives:
             return torch.zeros_like(norms)
-        norms = norms if self.unscaled is None else norms * self.unscaled[:, None, None]
+        norms = norms if self.times is None else norms * self.unscaled[:, None, None].to(norms.device)
         return self.negatives * (norms.sum(0) - norms)

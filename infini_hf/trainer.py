@@ -14,8 +14,8 @@ from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
 from .dilution import MemoryDilution
 from .distillation import Distillation
-from .gate import HeadProjection, MemoryGate, part_from_weights, trainable
 from .lanes import Lanes
+from .parameter_groups import part_memory
 from .retrieval_supervision import RetrievalSupervision
 from .segment_step import (
     StepObserver,
@@ -177,7 +177,7 @@ class InfiniTrainer(Trainer):
         if others:
             raise ValueError(
                 f"the batch has {sorted(others)}, which InfiniTrainer does not read: it takes input_ids, labels, "
-                "attention_mask, loss_weights, document and part; drop the columns, or use the stock Trainer"
+                "attention_mask, loss_weights, sources, dilute, document, part; drop them, or use the stock Trainer"
             )
         length = infini_config_of(self.lanes.config).segment_length
         targets = None if labels is None else shift_labels(labels)
@@ -197,9 +197,7 @@ class InfiniTrainer(Trainer):
         if self.optimizer is not None:
             return self.optimizer
         optimizer = super().create_optimizer(model)
-        model = self.model if model is None else model
-        part_from_weights(optimizer, trainable(model, MemoryGate), self.args.memory_gate_learning_rate)
-        part_from_weights(optimizer, trainable(model, HeadProjection), self.args.memory_projection_learning_rate)
+        part_memory(optimizer, self.model if model is None else model, self.args)
         return optimizer
 
     def log(self, logs, start_time=None):
@@ -216,6 +214,7 @@ class InfiniTrainer(Trainer):
         if self.distillation is not None:
             shares = torch.stack([torch.zeros((), device=self.args.device), *self.divergences]).sum(0)
             self.distillation.note(self.accelerator.gather(shares[None]).sum().item())
+        self.supervision.note(self.accelerator.gather(self.supervision.shares.to(self.args.device)[None]).sum(0))
         self.answers.clear()
         self.divergences.clear()
 
@@ -275,6 +274,7 @@ class InfiniTrainer(Trainer):
         folder, record = self.resumed or (None, {"dilution": None})
         self.answers.clear()
         self.divergences.clear()
+        self.supervision.restart()
         self.dilution.restore(record["dilution"])
         self.lanes = Lanes(self.lanes.config)
         if self.args.carry_memory and folder is not None:

@@ -55,6 +55,8 @@ def refuse_options(trainer):
             "auto_find_batch_size with carry_memory=True and rows in an order of their own: that order is made for "
             f"per_device_train_batch_size={args.per_device_train_batch_size}, which could change; leave one out"
         )
+    if args.retrieval_weight and trainer.model is not None:
+        trainer.supervision.layers_of(trainer.model)
     if trainer.distillation is None:
         if args.distillation_weight is not None:
             raise ValueError(

@@ -66,7 +66,7 @@ class PublishArguments:
 
 
 def store(model, output):
-    """Weights in bfloat16, gates and their shifts in float32 as always, and the tokenizer."""
+    """Weights in bfloat16, gates with their shifts or projections in float32 as always, and the tokenizer."""
     folder = find_model(model)
     loaded = AutoInfiniModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
     loaded.save_pretrained(output)
@@ -89,6 +89,11 @@ def recipe(configs):
             f"dilution to {stage.get('memory_dilution', 1):,}",
             f"passkeys in {style['passkey_fraction']:.0%} of the rows with facts",
         ]
+        if stage.get("memory_projections"):
+            what.append("projections of the memory's own")
+        if stage.get("retrieval_weight"):
+            layers = ", ".join(map(str, stage["retrieval_layers"]))
+            what.append(f"layers {layers} told where answers were stated")
         if style["novel_lanes"]:
             what.append(
                 f"{style['novel_lanes']} rows read novels on with the memory carried from row to row, "

@@ -14,7 +14,7 @@ PACKAGE = Path(infini_hf.__file__).parent
 ROWS = (
     "version assets data heap memory dilution sharding output_head collectives fast_paths windows",
     "config segments gate inputs segment_step training_args local_attention",
-    "layer_state memory_maps",
+    "layer_state memory_maps parameter_groups",
     "cache sequence_layer",
     "attention snapshot checkpoints sequence_parallel projections",
     "families lanes retrieval_supervision",

@@ -6,10 +6,11 @@ import pytest
 import torch
 from models import build, build_patched, random_ids, relative_error
 from peft import get_peft_model
+from safetensors.torch import load_file, save_file
 from training import make_trainer, tiny_model
 
 import infini_hf
-from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, patch_model, unpatch_model
+from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, patch_model, prefill, unpatch_model
 from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.lora import load_adapter, lora_config
@@ -125,6 +126,79 @@ def test_an_adapter_brings_them_along(tmp_path):
     loaded = load_adapter(build("llama"), tmp_path).eval()
     assert torch.equal(logits_of(loaded, ids), expected)
     assert relative_error(logits_of(loaded.merge_and_unload(), ids), expected) < 1e-5
+
+
+@pytest.mark.parametrize("calibrated", [False, True])
+@pytest.mark.parametrize("refused", [False, True])
+def test_a_base_stays_what_it_was_beside_an_adapter_with_projections(tmp_path, calibrated, refused):
+    adapted = get_peft_model(projected(), lora_config(projected(), r=2, target_modules=["q_proj"]))
+    adapted.save_pretrained(tmp_path)
+    base, ids = build_patched("llama", **OPTIONS), random_ids(2, 40, seed=1)
+    if calibrated:
+        calibrate_memory(base, random_ids(1, 64, seed=5))
+    before, names = logits_of(base, ids), set(base.state_dict())
+    if refused:
+        weights = load_file(tmp_path / "adapter_model.safetensors")
+        weights["base_model.model.model.layers.7.nothing.weight"] = torch.zeros(1)
+        save_file(weights, tmp_path / "adapter_model.safetensors")
+        with pytest.raises(ValueError, match="no place for"):
+            load_adapter(base, tmp_path)
+        assert set(base.state_dict()) == names
+        assert torch.equal(logits_of(base, ids), before)
+        return
+    loaded = load_adapter(base, tmp_path).eval()
+    assert relative_error(logits_of(loaded, ids), before) > 1e-2
+    with loaded.disable_adapter():
+        assert torch.equal(logits_of(loaded, ids), before)
+
+
+def test_an_adapter_without_them_is_refused_by_a_base_that_has_them(tmp_path):
+    plain = build_patched("llama", **OPTIONS)
+    get_peft_model(plain, lora_config(plain, r=2, target_modules=["q_proj"])).save_pretrained(tmp_path)
+    base, ids = projected(), random_ids(2, 40, seed=1)
+    before = logits_of(base, ids)
+    with pytest.raises(ValueError, match=r"trained without \['model.layers.0.self_attn.memory_gate.query_projection"):
+        load_adapter(base, tmp_path)
+    assert torch.equal(logits_of(base, ids), before)
+    assert not any("lora" in name for name in base.state_dict())
+
+
+def test_calibration_comes_first():
+    with pytest.raises(ValueError, match="calibrate first, then call add_memory_projections"):
+        calibrate_memory(projected(), random_ids(1, 64))
+
+
+def test_projections_are_computed_in_float32_under_autocast():
+    gate, states = gates_of(projected())[0], torch.randn(1, 6, 5, 8)
+    expected = gate.query_projection(states)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(gate.query_projection(states), expected)
+
+
+def test_a_memory_that_was_read_through_others_is_refused(tmp_path):
+    model, other = projected(), projected()
+    gates_of(other)[0].key_projection.weight.data += 0.1
+    prefill(model, random_ids(1, 20)).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="other weights, gates or adapters"):
+        InfiniCache.from_pretrained(tmp_path, model=other)
+
+
+def test_a_run_is_resumed_with_them_or_not_at_all(tmp_path):
+    def trainer(projections=True, folder="run", **options):
+        model = tiny_model(feature_map="exp")
+        options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **options}
+        return make_trainer(
+            tmp_path / folder, model=add_memory_projections(model) if projections else model, **options
+        )
+
+    whole = trainer()
+    whole.train()
+    resumed = trainer()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    with pytest.raises(ValueError, match="the checkpoint has projections of the memory's own and the model has none"):
+        trainer(projections=False).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 
 def test_every_parameter_has_a_gradient_wherever_the_gate_is_reached():

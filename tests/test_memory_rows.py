@@ -6,7 +6,7 @@ from prose import PROSE
 
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.data.needles import brief_fact, named_key_fact, named_word_fact, passkey_fact
+from infini_hf.data.needles import WORDS, brief_fact, named_key_fact, named_word_fact, passkey_fact
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +64,10 @@ def test_sources_are_where_the_answers_were_stated(tokenizer, kind):
         passkey_fraction=float(kind == "passkey"),
         word_fraction=float(kind == "word"),
         brief_fraction=float(kind == "brief"),
+        grass_fraction=0.0,
     )
-    rows = MemoryRows([PROSE], tokenizer, 8, 64, style)
+    # Answers stand in the text too, where nobody stated them.
+    rows = MemoryRows([PROSE + " ".join(WORDS)], tokenizer, 8, 64, style)
     for row in (rows[index] for index in range(8)):
         ids, sources = row["input_ids"], row["sources"]
         assert torch.equal(sources >= 0, row["loss_weights"] > 1)

@@ -1,7 +1,10 @@
 """Retrieval supervision against every weight of the memory worked out one by one."""
 
+import contextlib
+
 import pytest
 import torch
+from datasets import Dataset
 from models import build_patched, random_ids
 from training import GradientCatcher, logged, losses_of, make_trainer, tiny_model, tiny_rows
 
@@ -49,11 +52,11 @@ def projections(model, ids, mask=None, scale=None):
     return found
 
 
-def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=None, seen=0):
+def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=None, cut=0):
     """Sums over the told tokens, one by one: -log share, the share in the own row alone, and their number."""
     kind = model.config.infini_attention["feature_map"]
     mask_ = torch.ones_like(ids) if mask is None else mask
-    segment = (mask_.cumsum(1) - 1 + seen) // L
+    segment = (mask_.cumsum(1) - 1) // L
     times = torch.ones(ids.shape) if scale is None else scale.gather(1, segment.clamp(0, scale.shape[1] - 1))
     losses, shares = [], []
     for index, (queries, keys) in projections(model, ids, mask, scale).items():
@@ -65,12 +68,14 @@ def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=Non
             asked, source = column - 1, sources[row, column]
             if column == 0 or segment[row, source] >= segment[row, asked]:
                 continue
-            if segment[row, asked // L * L] != segment[row, asked]:
+            # The first column of the call that reads the query.
+            entered = cut + (asked - cut) // L * L
+            if asked < cut or segment[row, entered] != segment[row, asked]:
                 continue
             total = 0.0
             for other in range(len(ids)):
                 # What the memory of a row holds when the call begins.
-                held = (segment[other] < segment[other, asked // L * L]) & (mask_[other] > 0)
+                held = (segment[other] < segment[other, entered]) & (mask_[other] > 0)
                 weights = torch.einsum("hd,htd->ht", queries[row, :, asked], keys[other]) * times[other]
                 if other == row:
                     shares.append((weights[:, source] / (weights * held).sum(1)).mean())
@@ -132,20 +137,22 @@ def test_a_source_counts_as_often_as_it_was_written_and_scaled_rows_are_no_negat
     assert not torch.isclose(plain.loss, told.loss, rtol=1e-2)
 
 
-def test_what_was_read_before_the_row_stands_beside_its_sources():
+@pytest.mark.parametrize("cut", [3 * L, 3 * L + 5])
+def test_what_was_read_before_the_row_stands_beside_its_sources(cut):
+    """Also where the row begins in the middle of a segment, and some queries read a memory that came in between."""
     model = build_patched("llama", segment_length=L, feature_map="exp").train()
-    ids, sources = random_ids(2, 6 * L), some_sources(2, 6 * L)
-    whole = sources.clone()
+    ids, whole = random_ids(2, 12 * L), some_sources(2, 12 * L)
     # Sources before the cut do not exist for the second half.
-    whole[:, : 3 * L] = -1
-    whole[whole < 3 * L] = -1
+    whole[:, :cut] = -1
+    whole[whole < cut] = -1
     cache = InfiniCache(model.config)
     with torch.no_grad():
-        model(ids[:, : 3 * L], past_key_values=cache)
-    half = torch.where(whole >= 0, whole - 3 * L, -1)[:, 3 * L :]
+        model(ids[:, :cut], past_key_values=cache)
+    half = torch.where(whole >= 0, whole - cut, -1)[:, cut:]
     scale = torch.tensor([[5.0, 1.0, 2.0], [1.0, 7.0, 1.0]])
-    told = supervised(model, ids[:, 3 * L :], half, cache=cache, write_scale=scale)
-    expected, _, count = oracle(model, ids, whole, scale=torch.cat([torch.ones(2, 3), scale], dim=1))
+    told = supervised(model, ids[:, cut:], half, cache=cache, write_scale=scale)
+    whole_scale = torch.cat([torch.ones(2, 3), scale], dim=1)
+    expected, _, count = oracle(model, ids, whole, scale=whole_scale, cut=cut)
     assert count
     torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
 
@@ -223,10 +230,65 @@ def test_layers_go_back_to_their_own_projections():
     assert not any("project" in vars(module) for module in model.modules())
 
 
+def test_also_when_reading_fails_and_inside_another_watch():
+    model, seen = build_patched("llama", segment_length=L), []
+    layers = [module for module in model.modules() if isinstance(module, InfiniAttention)]
+    with watched(layers, lambda layer, queries, keys: seen.append(layer.layer_idx)):
+        with pytest.raises(KeyError), watched(layers, lambda *states: {}["nothing"]):
+            model(random_ids(1, L), use_cache=False)
+        seen.clear()
+        model(random_ids(1, L), use_cache=False)
+        assert seen == [0, 1]
+    assert not any("project" in vars(module) for module in model.modules())
+
+
+def test_layers_named_twice_count_once_and_autocast_changes_nothing_in_the_loss_itself():
+    model = build_patched("llama", segment_length=L, feature_map="exp").train()
+    ids, sources = random_ids(2, 3 * L), some_sources(2, 3 * L)
+    once = supervised(model, ids, sources, layers=[1]).loss
+    assert torch.equal(supervised(model, ids, sources, layers=[1, 1]).loss, once)
+    reading, states = supervised(model, ids, sources, layers=[1]), []
+    layer, index = model.model.layers[1].self_attn, reading.index
+    queries, keys = torch.randn(2, 6, L, 8), torch.randn(2, 3, L, 8)
+    for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):
+        reading.keys[1], reading.loss = reading.keys[1][:index], 0.0
+        with context:
+            reading.note(layer, queries, keys)
+        states.append(reading.loss)
+    assert torch.equal(*states)
+    assert states[0] > 0
+
+
+def test_rows_without_sources_are_said_to_teach_nothing_once(tmp_path, caplog):
+    trainer = make_trainer(tmp_path, **{**OPTIONS, "max_steps": 3})
+    trainer.train()
+    assert [record.message for record in caplog.records if "retrieval_weight=3" in record.message] != []
+    assert sum("retrieval_weight=3" in record.message for record in caplog.records) == 1
+
+
+def test_memory_is_carried_beside_it_and_evaluation_needs_no_sources(tmp_path):
+    rows = told_rows()
+    for index, row in enumerate(rows):
+        row.update(document=index % 2, part=index // 2)
+    rows = [rows[index] for index in (0, 2, 1, 3)]
+    trainer = make_trainer(
+        tmp_path, rows=rows, carry_memory=True, parts={"eval_dataset": Dataset.from_list(rows)}, **OPTIONS
+    )
+    trainer.train()
+    assert 0 < logged(trainer, "retrieval_share")[0] < 1
+    with_sources = trainer.evaluate()["eval_loss"]
+    plain = Dataset.from_list(rows).remove_columns("sources")
+    assert with_sources == trainer.evaluate(plain)["eval_loss"]
+    assert trainer.supervision.noted.tolist() == [0.0, 0.0]
+
+
 def test_what_cannot_be_told_is_refused(tmp_path):
     model, ids = build_patched("llama", segment_length=L), random_ids(1, 2 * L)
-    with pytest.raises(ValueError, match=r"retrieval_layers=\[1, 5\]: \[5\] are not among the patched \[0, 1\]"):
-        supervised(model, ids, some_sources(1, 2 * L), layers=[1, 5])
+    for layers, named in (([1, 5], r"\[5\]"), ([], "none")):
+        with pytest.raises(ValueError, match=f"{named} are not among the patched "):
+            supervised(model, ids, some_sources(1, 2 * L), layers=layers)
+    with pytest.raises(ValueError, match=r"retrieval_layers=\[5\]: \[5\] are not among the patched \[0, 1\]"):
+        make_trainer(tmp_path, **OPTIONS, retrieval_layers=[5])
     with pytest.raises(ValueError, match="set recompute_segments=False"):
         InfiniTrainingArguments(str(tmp_path), use_cpu=True, retrieval_weight=1.0)
     for name in ("retrieval_weight", "retrieval_negatives"):

@@ -124,13 +124,18 @@ class MemoryRows(torch.utils.data.Dataset):
         style = self.style
         joiner = str(rng.choice(JOINERS))
         facts = self._draw_facts(rng, length)
-        questions = [self._question(facts[i], joiner) for i in rng.permutation(len(facts))]
+        order = rng.permutation(len(facts))
+        questions = [self._question(facts[i], joiner) for i in order]
         room = length - sum(len(ids) for ids, _ in questions)
-        body = self._haystack(rng, facts, joiner, room)
+        body, places = self._haystack(rng, facts, joiner, room)
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
         answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
-        row = {**as_row(ids, weights), "sources": torch.from_numpy(sources_of(ids, answers > 0, len(body)))}
+        sources = np.concatenate(
+            [np.full(len(body), -1)]
+            + [sources_of(*question, body, *places[i]) for i, question in zip(order, questions, strict=True)]
+        )
+        row = {**as_row(ids, weights), "sources": torch.from_numpy(sources)}
         if style.novel_lanes or not style.dilute_named:
             row["dilute"] = style.dilute_named or not facts[0].name
         return {**row, "document": -1 - index, "part": 0} if style.novel_lanes else row
@@ -170,7 +175,7 @@ class MemoryRows(torch.utils.data.Dataset):
         return np.concatenate([asked, answer, end]), marks
 
     def _haystack(self, rng, facts, joiner, room):
-        """`room` tokens of filler with the facts at random places, cut where those fall."""
+        """`room` tokens of filler, cut where the facts fall, which is anywhere; and where each of them stands."""
         header = [self._encode(PASSKEY_HEADER + joiner)] if rng.random() < 0.5 else []
         needles = [self._encode(f"{joiner}{fact.statement}{joiner}") for fact in facts]
         filler_length = room - sum(map(len, needles)) - sum(map(len, header))
@@ -180,12 +185,16 @@ class MemoryRows(torch.utils.data.Dataset):
         start = int(rng.integers(0, len(source) - filler_length))
         filler = source[start : start + filler_length]
         cuts = np.sort(rng.integers(0, filler_length + 1, len(facts)))
-        pieces, last = list(header), 0
+        pieces, last, places = list(header), 0, []
         for cut, needle in zip(cuts, needles, strict=True):
+            begins = sum(map(len, pieces)) + cut - last
             pieces += [filler[last:cut], needle]
+            places.append((begins, begins + len(needle)))
             last = cut
+        body = np.concatenate([*pieces, filler[last:]])
         # Facts that are too long for the shortest row push its beginning out.
-        return np.concatenate([*pieces, filler[last:]])[-room:]
+        lost = max(0, len(body) - room)
+        return body[lost:], [(max(0, begins - lost), max(0, ends - lost)) for begins, ends in places]
 
 
 def as_row(ids, weights):
@@ -194,16 +203,21 @@ def as_row(ids, weights):
     return {"input_ids": ids, "labels": ids.clone(), "loss_weights": torch.from_numpy(weights.astype(np.float32))}
 
 
-def sources_of(ids, marked, room):
-    """For each marked token of `ids` the column where its run of marked tokens first occurs in `ids[:room]`, or -1."""
-    sources = np.full(len(ids), -1, dtype=np.int64)
-    edges = np.flatnonzero(np.diff(np.concatenate([[False], marked, [False]])))
-    for start, end in edges.reshape(-1, 2):
-        if end - start <= room:
-            windows = np.lib.stride_tricks.sliding_window_view(ids[:room], end - start)
-            found = np.flatnonzero((windows == ids[start:end]).all(1))
-            if len(found):
-                sources[start:end] = found[0] + np.arange(end - start)
+def sources_of(question, marks, body, begins, ends):
+    """Where each token of an answer first stands in `body[begins:ends]`, as columns of the body; -1 for all others.
+
+    Args:
+        question (`numpy.ndarray`): ids of the question and its answer.
+        marks (`numpy.ndarray`): above 0 at the answer.
+        body (`numpy.ndarray`): ids of the haystack.
+        begins, ends (`int`): where its fact is stated.
+    """
+    sources, answer = np.full(len(question), -1, dtype=np.int64), question[marks > 0]
+    if len(answer) <= ends - begins:
+        windows = np.lib.stride_tricks.sliding_window_view(body[begins:ends], len(answer))
+        found = np.flatnonzero((windows == answer).all(1))
+        if len(found):
+            sources[marks > 0] = begins + found[0] + np.arange(len(answer))
     return sources
 
 
