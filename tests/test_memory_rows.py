@@ -81,6 +81,24 @@ def test_sources_are_where_the_answers_were_stated(tokenizer, kind):
             assert asked == stated
 
 
+def test_questions_are_parted_by_filler_when_told(tokenizer):
+    common = {"least_segments": 20, "most_segments": 20, "passkey_fraction": 0.0, "word_fraction": 0.0, "dense": True}
+    for gap in (0, 12):
+        rows = MemoryRows([PROSE], tokenizer, 8, 64, MemoryRowStyle(**common, most_gap=gap))
+        gaps = []
+        for row in (rows[index] for index in range(8)):
+            marked = (row["loss_weights"] > 1).nonzero().flatten().tolist()
+            ends = [end for end in marked if end + 1 not in marked]
+            text = [tokenizer.decode(row["input_ids"][end + 1 :]) for end in ends[:-1]]
+            # What stands between the end of an answer and the next question.
+            gaps += [len(after.split("What is the")[0].strip(" .\n")) for after in text]
+            token = (row["sources"] >= 0).nonzero().flatten()
+            assert torch.equal(row["input_ids"][row["sources"][token]], row["input_ids"][token])
+            assert len(row["input_ids"]) == 20 * 64
+        assert (max(gaps) == 0) == (gap == 0)
+        assert max(gaps) < 12 * 12
+
+
 def test_dense_rows_hold_as_many_facts_as_they_have_room_for(tokenizer):
     common = {"least_segments": 12, "most_segments": 12, "passkey_fraction": 0.0, "most_facts": 5}
     asked = {}

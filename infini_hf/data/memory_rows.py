@@ -30,6 +30,8 @@ class MemoryRowStyle:
             scaled too. A scaled segment drowns the facts of others, which no long stream does: there, filler is long.
         dense (`bool`, *optional*, defaults to `False`): as many facts in a row as it has room for, up to `most_facts`:
             the most questions for the time.
+        most_gap (`int`, *optional*, defaults to `0`): up to so many tokens of filler before each question but the
+            first, as if each had been asked alone after a text.
         brief_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named facts whose facts and
             questions are as brief as can be: what is said of a name is told apart by it sooner.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
@@ -54,6 +56,7 @@ class MemoryRowStyle:
     most_facts: int = 4
     dilute_named: bool = True
     dense: bool = False
+    most_gap: int = 0
     brief_fraction: float = 0.0
     most_digits: int = 7
     rows_alike: int = 16
@@ -126,6 +129,8 @@ class MemoryRows(torch.utils.data.Dataset):
         facts = self._draw_facts(rng, length)
         order = rng.permutation(len(facts))
         questions = [self._question(facts[i], joiner) for i in order]
+        if style.most_gap:
+            questions[1:] = [self._apart(rng, *question) for question in questions[1:]]
         room = length - sum(len(ids) for ids, _ in questions)
         body, places = self._haystack(rng, facts, joiner, room)
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
@@ -154,7 +159,8 @@ class MemoryRows(torch.utils.data.Dataset):
             digits = 5 if rng.random() < 0.7 else int(rng.integers(5, style.most_digits + 1))
             return [passkey_fact(draw_passkey(rng, digits))]
         brief = rng.random() < style.brief_fraction
-        most = max(1, min(style.most_facts, length // (BRIEF_ROOM if brief else FACT_ROOM)))
+        room = (BRIEF_ROOM if brief else FACT_ROOM) + style.most_gap // 2
+        most = max(1, min(style.most_facts, length // room))
         count = most if style.dense else int(rng.integers(1, most + 1))
         kind = "word" if rng.random() < style.word_fraction else "key"
         facts = facts_of_kind(rng, kind, count, "train", style.most_digits)
@@ -174,6 +180,15 @@ class MemoryRows(torch.utils.data.Dataset):
         marks[len(asked) + space] = self.style.first_token_weight
         return np.concatenate([asked, answer, end]), marks
 
+    def _apart(self, rng, ids, marks):
+        """A question with filler of its own before it."""
+        gap, source = int(rng.integers(0, self.style.most_gap + 1)), self._source(rng)
+        start = int(rng.integers(0, len(source) - gap))
+        return np.concatenate([source[start : start + gap], ids]), np.concatenate([np.zeros(gap), marks])
+
+    def _source(self, rng):
+        return self.grass if rng.random() < self.style.grass_fraction else self.novels
+
     def _haystack(self, rng, facts, joiner, room):
         """`room` tokens of filler, cut where the facts fall, which is anywhere; and where each of them stands."""
         header = [self._encode(PASSKEY_HEADER + joiner)] if rng.random() < 0.5 else []
@@ -181,7 +196,7 @@ class MemoryRows(torch.utils.data.Dataset):
         filler_length = room - sum(map(len, needles)) - sum(map(len, header))
         if filler_length < 0:
             header, filler_length = [], max(0, room - sum(map(len, needles)))
-        source = self.grass if rng.random() < self.style.grass_fraction else self.novels
+        source = self._source(rng)
         start = int(rng.integers(0, len(source) - filler_length))
         filler = source[start : start + filler_length]
         cuts = np.sort(rng.integers(0, filler_length + 1, len(facts)))
