@@ -109,23 +109,53 @@ class RetrievalSupervision:
         return {"retrieval_share": total / count} if count else {}
 
 
-def told_tokens(sources, attention_mask, seen, length):
-    """The tokens whose source lies in the memory: `(rows, asked, stated, closed)`, each `(n,)` int64.
+class BoundedKeys(torch.autograd.Function):
+    """Mapped keys whose gradient may lead back from the bound of `"exp"`, though not further up.
 
-    `asked` is the column that predicts the token, `stated` that of its source, `closed` counts the segments that the
-    row closes before that of the source. A query that the boundary of a segment parts from the first column of its
-    call reads another memory than the one the call began with, and is left out.
+    Two names whose keys both stand at exp(8) in the same channel are told apart by nothing, and the exact gradient of
+    the bound, zero, would leave them there.
     """
-    columns = torch.ones_like(sources) if attention_mask is None else attention_mask.long()
-    began = torch.tensor(seen or (0,) * len(sources), device=sources.device)
-    segment = (columns.cumsum(1) - 1 + began[:, None]).div(length, rounding_mode="floor")
+
+    @staticmethod
+    def forward(ctx, keys, feature_map):
+        mapped = memory_math.map_keys(keys, feature_map)
+        ctx.feature_map = feature_map
+        ctx.save_for_backward(keys, mapped)
+        return mapped
+
+    @staticmethod
+    def backward(ctx, gradient):
+        keys, mapped = ctx.saved_tensors
+        if ctx.feature_map != "exp":
+            with torch.enable_grad():
+                keys = keys.detach().requires_grad_()
+                mapped = memory_math.map_keys(keys, ctx.feature_map)
+                return torch.autograd.grad(mapped, keys, gradient)[0], None
+        passes = (keys < memory_math.LARGEST_EXPONENT) | (gradient > 0)
+        return torch.where(passes, gradient * mapped, 0.0).to(keys.dtype), None
+
+
+def told_tokens(sources, attention_mask, seen, length):
+    """The tokens whose source lies in the memory, and where every column stands.
+
+    A query that the boundary of a segment parts from the first column of its call reads another memory than the one
+    the call began with, and is left out.
+
+    Returns:
+        `tuple`: `rows`, `asked`, `stated`, each `(n,)` int64: the row, the column that predicts the token, and that of
+        its source; `segment`, `(batch, seq_len)` int64: how many segments the row has closed before each column;
+        `valid`, `(batch, seq_len)` bool: which columns are no padding.
+    """
+    valid = torch.ones_like(sources) if attention_mask is None else attention_mask.long()
+    began = torch.tensor(seen or (0,) * len(sources), device=sources.device)[:, None]
+    segment = (began + valid.cumsum(1) - valid) // length - began // length
     rows, token = (sources >= 0).nonzero(as_tuple=True)
     stated, asked = sources[rows, token], token - 1
-    now, then = segment[rows, asked], segment[rows, stated]
+    now = segment[rows, asked]
     # The first token of a row is predicted by none.
-    kept = (token > 0) & (then < now) & (segment[rows, asked.clamp_min(0) // length * length] == now)
-    closed = then - began[rows] // length
-    return rows[kept], asked[kept], stated[kept], closed[kept]
+    kept = (token > 0) & (segment[rows, stated] < now)
+    kept &= segment[rows, asked.clamp_min(0) // length * length] == now
+    return rows[kept], asked[kept], stated[kept], segment, valid.bool()
 
 
 class Reading:
@@ -143,11 +173,11 @@ class Reading:
         self.loss, self.shares, self.times = 0.0, torch.zeros(2), None
         if told is None:
             return
-        self.rows, self.asked, self.stated, closed = told
+        self.rows, self.asked, self.stated, self.segment, self.valid = told
         self.shares = self.shares.to(self.rows.device)
         if write_scale is not None:
             write_scale = write_scale.to(self.rows.device)
-            self.times = write_scale[self.rows, closed.clamp_max(write_scale.shape[1] - 1)]
+            self.times = write_scale.gather(1, self.segment.clamp_max(write_scale.shape[1] - 1))
             self.unscaled = (write_scale == 1).all(1)
 
     def begin(self, index, cache):
@@ -175,13 +205,15 @@ class Reading:
         device = queries.device
         rows, asked, stated = (part[here].to(device) for part in (self.rows, self.asked, self.stated))
         gate, kind, norms = layer.memory_gate, self.config.feature_map, self.norms[layer.layer_idx]
-        # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim), as rows of one token.
+        # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim), the queries as rows of one token.
         query = queries[rows, :, asked - self.index * length].unsqueeze(2)
-        source = torch.cat(held, dim=2)[rows, :, stated].unsqueeze(2)
         query = memory_math.map_queries(gate.center_queries(query), kind).squeeze(2)
-        source = memory_math.map_keys(gate.center_keys(source), kind).squeeze(2)
+        mapped = BoundedKeys.apply(gate.center_keys(torch.cat(held, dim=2)).float(), kind)
         if self.times is not None:
-            source = source * self.times[here, None, None].to(device)
+            mapped = mapped * self.times[:, None, : mapped.shape[2], None].to(device)
+        source, written = mapped[rows, :, stated], self.written(mapped)
+        # The number is that of the memory, the gradient that of the keys just mapped.
+        norms = norms.detach() + written - written.detach()
         groups = query.shape[1] // source.shape[1]
         parts = (part.repeat_interleave(groups, dim=1) for part in (source, norms[rows], self.others(norms)[rows]))
         own, total, more = ((query * part).sum(-1) for part in parts)
@@ -191,6 +223,12 @@ class Reading:
         loss = -shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum() / self.layers
         self.loss = self.loss + loss.to(self.rows.device)
         self.shares += torch.stack([told, told.new_tensor(len(here))]).to(self.rows.device) / self.layers
+
+    def written(self, mapped):
+        """The part of z that the rows have written themselves, from mapped keys `(batch, heads, read, head_dim)`."""
+        closed = self.segment < self.segment[:, self.index * self.config.segment_length, None]
+        wrote = (closed & self.valid)[:, : mapped.shape[2]].to(mapped)
+        return torch.einsum("bt,bhtd->bhd", wrote, mapped)
 
     def others(self, norms):
         """What z of the other rows is taken to add to that of each row, `(batch, num_kv_heads, head_dim)`."""

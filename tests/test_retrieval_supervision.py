@@ -12,7 +12,7 @@ from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf import memory as memory_math
 from infini_hf.attention import InfiniAttention
 from infini_hf.projections import watched
-from infini_hf.retrieval_supervision import RetrievalSupervision
+from infini_hf.retrieval_supervision import BoundedKeys, RetrievalSupervision
 from infini_hf.segment_step import StepObserver, StepOptions, cut_segments, segment_major_loss
 
 L = 8
@@ -94,8 +94,23 @@ def shifted(model):
         if isinstance(module, InfiniAttention):
             config = model.config
             shapes = (config.num_attention_heads, config.head_dim), (config.num_key_value_heads, config.head_dim)
-            module.memory_gate.set_shifts(*(torch.randn(shape, generator=generator) for shape in shapes))
+            queries, keys = (torch.randn(shape, generator=generator) for shape in shapes)
+            # Far from the bound of "exp", where the gradient is another on purpose.
+            module.memory_gate.set_shifts(queries, keys + 8.0 * (config.infini_attention["feature_map"] == "exp"))
     return model
+
+
+def test_keys_at_the_bound_are_led_back_but_not_further_up():
+    keys = torch.tensor([7.0, 8.0, 9.0, 30.0], requires_grad=True)
+    for direction, passed in ((1.0, [1, 1, 1, 1]), (-1.0, [1, 0, 0, 0])):
+        mapped = BoundedKeys.apply(keys, "exp")
+        assert torch.equal(mapped, memory_math.map_keys(keys, "exp"))
+        (gradient,) = torch.autograd.grad(direction * mapped.sum(), keys)
+        torch.testing.assert_close(gradient, direction * mapped.detach() * torch.tensor(passed))
+    states = torch.randn(2, 3, 4, 8, requires_grad=True)
+    ours = torch.autograd.grad(BoundedKeys.apply(states, "elu").square().sum(), states)
+    theirs = torch.autograd.grad(memory_math.map_keys(states, "elu").square().sum(), states)
+    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
