@@ -110,29 +110,23 @@ class RetrievalSupervision:
 
 
 class BoundedKeys(torch.autograd.Function):
-    """Mapped keys whose gradient may lead back from the bound of `"exp"`, though not further up.
+    """`map_keys(keys, "exp")` whose gradient may lead back from the bound, though not further up.
 
     Two names whose keys both stand at exp(8) in the same channel are told apart by nothing, and the exact gradient of
     the bound, zero, would leave them there.
     """
 
     @staticmethod
-    def forward(ctx, keys, feature_map):
-        mapped = memory_math.map_keys(keys, feature_map)
-        ctx.feature_map = feature_map
+    def forward(ctx, keys):
+        mapped = memory_math.map_keys(keys, "exp")
         ctx.save_for_backward(keys, mapped)
         return mapped
 
     @staticmethod
     def backward(ctx, gradient):
         keys, mapped = ctx.saved_tensors
-        if ctx.feature_map != "exp":
-            with torch.enable_grad():
-                keys = keys.detach().requires_grad_()
-                mapped = memory_math.map_keys(keys, ctx.feature_map)
-                return torch.autograd.grad(mapped, keys, gradient)[0], None
         passes = (keys < memory_math.LARGEST_EXPONENT) | (gradient > 0)
-        return torch.where(passes, gradient * mapped, 0.0).to(keys.dtype), None
+        return torch.where(passes, gradient * mapped, 0.0).to(keys.dtype)
 
 
 def told_tokens(sources, attention_mask, seen, length):
@@ -208,7 +202,8 @@ class Reading:
         # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim), the queries as rows of one token.
         query = queries[rows, :, asked - self.index * length].unsqueeze(2)
         query = memory_math.map_queries(gate.center_queries(query), kind).squeeze(2)
-        mapped = BoundedKeys.apply(gate.center_keys(torch.cat(held, dim=2)).float(), kind)
+        mapped = gate.center_keys(torch.cat(held, dim=2)).float()
+        mapped = BoundedKeys.apply(mapped) if kind == "exp" else memory_math.map_keys(mapped, kind)
         if self.times is not None:
             mapped = mapped * self.times[:, None, : mapped.shape[2], None].to(device)
         source, written = mapped[rows, :, stated], self.written(mapped)

@@ -21,6 +21,7 @@ from torch import distributed, multiprocessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_hf import InfiniCache, InfiniConfig, patch_model, prefill
+from infini_hf.cli.tables import write_tables
 from infini_hf.sequence_parallel import SequenceParallelCache, shard_row
 
 # Of Llama-3-8B, as its config has them.
@@ -197,11 +198,7 @@ def main():
         "",
         *report(args, result),
     ]
-    text = "\n".join(lines) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-    print(text)
+    write_tables(lines, args.output)
 
 
 if __name__ == "__main__":

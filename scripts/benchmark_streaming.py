@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_hf import InfiniCache, InfiniConfig, generate, patch_model, prefill
+from infini_hf.cli.tables import write_tables
 
 
 def build(layers, width, positions):
@@ -172,11 +173,7 @@ def main():
                 1, mp_context=spawn, initializer=torch.set_num_threads, initargs=(args.threads,)
             ) as pool:
                 lines += ["", f"## {title}", "", *pool.submit(measure, args).result()]
-    text = "\n".join(lines) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-    print(text)
+    write_tables(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from tqdm.auto import tqdm
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infini_hf import InfiniCache, InfiniConfig, patch_model
+from infini_hf.cli.tables import write_tables
 from infini_hf.segment_step import StepOptions, cut_segments, segment_major_loss, shift_labels
 
 
@@ -155,11 +156,7 @@ def main():
     for name, (title, measure) in sections.items():
         if args.only in (None, name):
             lines += ["", f"## {title}", "", *measure()]
-    text = "\n".join(lines) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-    print(text)
+    write_tables(lines, args.output)
 
 
 if __name__ == "__main__":

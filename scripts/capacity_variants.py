@@ -13,6 +13,7 @@ import torch
 from tqdm.auto import tqdm
 
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.tables import write_tables
 from infini_hf.evaluation.capacity import random_facts, recall_of
 from infini_hf.evaluation.variants import MAPS, RULES, recall_variant
 
@@ -68,11 +69,7 @@ def main(argv=None):
         keys = "norm √d" if norm == 1 else f"norm {norm}√d"
         features = f"{MAPS[feature_map][2] * args.dim}"
         lines.append("| " + " | ".join([keys, feature_map, features, rule, *numbers]) + " |")
-    text = "\n".join(lines) + "\n"
-    if args.output:
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        args.output.write_text(text, encoding="utf-8")
-    print(text)
+    write_tables(lines, args.output)
 
 
 if __name__ == "__main__":

@@ -92,7 +92,7 @@ def recipe(configs):
         if stage.get("memory_projections"):
             what.append("projections of the memory's own")
         if stage.get("retrieval_weight"):
-            layers = ", ".join(map(str, stage["retrieval_layers"]))
+            layers = ", ".join(map(str, stage.get("retrieval_layers") or ["all"]))
             what.append(f"layers {layers} told where answers were stated")
         if style["novel_lanes"]:
             what.append(

@@ -103,14 +103,10 @@ def shifted(model):
 def test_keys_at_the_bound_are_led_back_but_not_further_up():
     keys = torch.tensor([7.0, 8.0, 9.0, 30.0], requires_grad=True)
     for direction, passed in ((1.0, [1, 1, 1, 1]), (-1.0, [1, 0, 0, 0])):
-        mapped = BoundedKeys.apply(keys, "exp")
+        mapped = BoundedKeys.apply(keys)
         assert torch.equal(mapped, memory_math.map_keys(keys, "exp"))
         (gradient,) = torch.autograd.grad(direction * mapped.sum(), keys)
         torch.testing.assert_close(gradient, direction * mapped.detach() * torch.tensor(passed))
-    states = torch.randn(2, 3, 4, 8, requires_grad=True)
-    ours = torch.autograd.grad(BoundedKeys.apply(states, "elu").square().sum(), states)
-    theirs = torch.autograd.grad(memory_math.map_keys(states, "elu").square().sum(), states)
-    torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
@@ -277,7 +273,6 @@ def test_layers_named_twice_count_once_and_autocast_changes_nothing_in_the_loss_
 def test_rows_without_sources_are_said_to_teach_nothing_once(tmp_path, caplog):
     trainer = make_trainer(tmp_path, **{**OPTIONS, "max_steps": 3})
     trainer.train()
-    assert [record.message for record in caplog.records if "retrieval_weight=3" in record.message] != []
     assert sum("retrieval_weight=3" in record.message for record in caplog.records) == 1
 
 

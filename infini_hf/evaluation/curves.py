@@ -30,20 +30,40 @@ def draw_by_position(curves, path, mark=None):
     Raises:
         ModuleNotFoundError: when matplotlib is not installed.
     """
+    draw_lines(curves, path, "position (tokens read before)", "perplexity", mark=mark)
+
+
+def draw_lines(curves, path, abscissa, ordinate, title=None, mark=None, marker=None):
+    """Draw curves on logarithmic axes.
+
+    Args:
+        curves (`dict[str, list[tuple[float, float]]]`): points by name; one without points is left out.
+        path (`str` or `Path`): the PNG file.
+        abscissa, ordinate (`str`): what the axes show.
+        title (`str`, *optional*): the title.
+        mark (`float`, *optional*): an abscissa that gets a vertical line.
+        marker (`str`, *optional*): matplotlib's marker of a point.
+
+    Raises:
+        ModuleNotFoundError: when matplotlib is not installed.
+    """
     figure, (axis,) = new_figure((6.4, 4.0))
     for index, (name, points) in enumerate(curves.items()):
-        style = ("-", "--", "-.", ":")[index // 10 % 4]
-        axis.plot(*zip(*points, strict=True), style, label=name, linewidth=1.2)
+        if points:
+            style = ("-", "--", "-.", ":")[index // 10 % 4]
+            axis.plot(*zip(*points, strict=True), style, marker=marker, markersize=3, label=name, linewidth=1.2)
     if mark:
         axis.axvline(mark, color="grey", linewidth=0.6, linestyle=":")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log")
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:g}")
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:,g}")
     axis.tick_params(which="both", labelsize=7)
-    axis.set_xlabel("position (tokens read before)", fontsize=8)
-    axis.set_ylabel("perplexity", fontsize=8)
+    axis.set_xlabel(abscissa, fontsize=8)
+    axis.set_ylabel(ordinate, fontsize=8)
+    if title:
+        axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7, frameon=False)
     save(figure, path)
 

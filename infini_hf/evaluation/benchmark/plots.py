@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ..curves import new_figure, save
+from ..curves import draw_lines
 from .results import Cell
 from .tables import SECTIONS, Tables
 
@@ -26,7 +26,8 @@ def draw_measures(settings, results, path):
         curves = {text: curve(tables, settings, measure, text) for text in settings.contenders_of(measure)}
         if max(map(len, curves.values())) > 1:
             target = Path(path).with_name(f"{Path(path).stem}_{measure}.png")
-            draw(curves, SECTIONS[measure], target)
+            section = SECTIONS[measure]
+            draw_lines(curves, target, "tokens", section.unit, title=section.title, marker="o")
             drawn.append(target)
     return drawn
 
@@ -35,23 +36,3 @@ def curve(tables, settings, measure, text):
     """`list[tuple[int, float]]`: lengths and medians of one contender."""
     pairs = ((tokens, tables.value(Cell(measure, text, tokens))) for tokens in settings.lengths_of(measure))
     return [(tokens, value) for tokens, value in pairs if value is not None]
-
-
-def draw(curves, section, path):
-    """One figure."""
-    figure, (axis,) = new_figure((6.4, 4.0))
-    for index, (name, points) in enumerate(curves.items()):
-        if points:
-            style = ("-", "--", "-.", ":")[index // 10 % 4]
-            axis.plot(*zip(*points, strict=True), style, marker="o", markersize=3, label=name, linewidth=1.2)
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:,g}")
-    axis.tick_params(which="both", labelsize=7)
-    axis.set_xlabel("tokens", fontsize=8)
-    axis.set_ylabel(section.unit, fontsize=8)
-    axis.set_title(section.title, fontsize=9)
-    axis.legend(fontsize=6, frameon=False)
-    save(figure, path)
