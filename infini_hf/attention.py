@@ -12,6 +12,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from . import memory as memory_math
 from .fast_paths import Choice
 from .local_attention import attend_window, build_mask, needs_no_mask, rotate
+from .memory_read import Retrieval
 from .segments import SegmentPlan
 from .windows import as_rows, carry, held_after, held_before, take_columns
 
@@ -209,9 +210,10 @@ class InfiniAttention:
         if not any(any(round.reads) for round in run):
             return local
         asked = self.memory_gate.center_queries(queries)
-        retrieved = memory_math.retrieve(asked, memory, memory_norm, plan.config.feature_map)
         reads = plan.reads_of(run)
-        return self.memory_gate(local, retrieved, None if reads is None else reads.to(local.device))
+        reads = None if reads is None else reads.to(local.device)
+        read = memory_math.retrieve if Choice.mode == "never" else Retrieval
+        return self.memory_gate(local, read(asked, memory, memory_norm, plan.config.feature_map), reads)
 
     def attend(self, queries, keys, values, state, run, plan, writes, kwargs):
         """One round: local attention, retrieval, gate, and the write for rows that close their segment.

@@ -15,7 +15,8 @@ class Choice:
 def fast_paths(mode):
     """A context in which fast paths are taken wherever they exist (`"always"`), nowhere (`"never"`) or by measure.
 
-    What is computed is the same to rounding: the batched scan of whole segments, and causal attention without a mask.
+    What is computed is the same to rounding: the batched scan of whole segments, causal attention without a mask, and
+    the reading of the memory in one step whose gradient is written out.
     For tests, and to find out whether a fast path is to blame. It holds for the whole process, all threads.
 
     Args:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 
 from .memory import no_autocast
+from .memory_read import Retrieval
 
 ACTIVATIONS = {"tanh": torch.tanh, "sigmoid": torch.sigmoid}
 
@@ -67,8 +68,9 @@ class MemoryGate(nn.Module):
 
         Args:
             local (`torch.Tensor`): `(batch, num_heads, seq_len, head_dim)`, any floating dtype.
-            retrieved (`torch.Tensor`, *optional*): the same shape, float32; without it `local` comes back, tied to the
-                gate by a zero gradient, so that a data-parallel step on short rows still reaches every parameter.
+            retrieved (`torch.Tensor` or [`Retrieval`], *optional*): the same shape, float32, or how to retrieve it;
+                without it `local` comes back, tied to the gate by a zero gradient, so that a data-parallel step on
+                short rows still reaches every parameter.
             reads (`torch.Tensor`, *optional*): `(batch,)`, 0 for a row whose memory is still empty.
 
         Returns:
@@ -83,8 +85,9 @@ class MemoryGate(nn.Module):
             return local + (0.0 * gate).to(local.dtype)
         if reads is not None:
             gate = gate * reads.view(-1, 1, 1, 1)
-        mixed = torch.lerp(local.float(), retrieved, gate)
-        return mixed.to(local.dtype)
+        if isinstance(retrieved, Retrieval):
+            return retrieved.mixed_into(local, gate).to(local.dtype)
+        return torch.lerp(local.float(), retrieved, gate).to(local.dtype)
 
     def extra_repr(self):
         return f"num_heads={self.bias.numel()}, kind={self.kind!r}"

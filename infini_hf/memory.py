@@ -33,9 +33,7 @@ def map_keys(keys, feature_map="elu"):
     """
     keys = keys.float()
     if feature_map == "elu":
-        # x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero. In place
-        # where autograd keeps no operand, for on CPUs fresh memory costs more than the arithmetic.
-        return F.threshold(keys, 0.0, 0.0).add_(keys.clamp(max=0.0).exp_())
+        return EluPlusOne.apply(keys)
     if feature_map == "exp":
         return keys.clamp(max=LARGEST_EXPONENT).exp_()
     raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")
@@ -47,6 +45,27 @@ def map_queries(queries, feature_map="elu"):
         queries = queries.float()
         return (queries - queries.detach().amax(-1, keepdim=True)).exp_()
     return map_keys(queries, feature_map)
+
+
+class EluPlusOne(torch.autograd.Function):
+    """x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero."""
+
+    @staticmethod
+    def forward(ctx, states):
+        # In place, for on CPUs fresh memory costs more than the arithmetic.
+        mapped = F.threshold(states, 0.0, 0.0).add_(states.clamp(max=0.0).exp_())
+        ctx.save_for_backward(mapped)
+        return mapped
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (mapped,) = ctx.saved_tensors
+        return slope(mapped, "elu") * gradient
+
+
+def slope(mapped, feature_map):
+    """The derivative of the map of queries, from what it returned."""
+    return mapped.clamp(max=1.0) if feature_map == "elu" else mapped
 
 
 def divide(numerator, denominator):

@@ -13,7 +13,8 @@ PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
     "version assets data heap memory dilution sharding output_head collectives fast_paths windows",
-    "config segments gate inputs segment_step training_args local_attention",
+    "config segments inputs segment_step training_args local_attention memory_read",
+    "gate",
     "layer_state memory_maps parameter_groups",
     "cache sequence_layer",
     "attention snapshot checkpoints sequence_parallel projections",
@@ -33,7 +34,7 @@ ROWS = (
 RANK = {name: rank for rank, row in enumerate(ROWS) for name in row.split()}
 # `cache.save_pretrained` reaches up to the module that knows the file format, when it is called.
 LAZY_UPWARD = {("cache", "snapshot")}
-PURE = ("memory.py", "memory_maps.py", "segments.py", "gate.py", "config.py", "collectives.py")
+PURE = ("memory.py", "memory_read.py", "memory_maps.py", "segments.py", "gate.py", "config.py", "collectives.py")
 NAMES = {
     "AutoInfiniModelForCausalLM",
     "InfiniCache",
