@@ -85,6 +85,7 @@ def describe(trainer):
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
         "processes": args.world_size,
+        "row groups": args.row_groups,
         "dilution": trainer.dilution.state(),
         "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
     }
@@ -120,10 +121,15 @@ def check_resume(folder, trainer):
             f"{folder}: was trained with carry_memory={theirs['carry_memory']}, and this run has "
             f"carry_memory={ours['carry_memory']}: resume with the same, or start a new run from its weights"
         )
-    for name, option in (("lanes", "per_device_train_batch_size"), ("processes", "number of processes")):
+    options = {
+        "lanes": "per_device_train_batch_size",
+        "processes": "number of processes",
+        "row groups": "sequence_parallel_size",
+    }
+    for name, option in options.items():
         # A run that finds its batch size takes that of the checkpoint.
         found = name == "lanes" and trainer.args.auto_find_batch_size
-        if ours["carry_memory"] and not found and theirs[name] != ours[name]:
+        if ours["carry_memory"] and not found and theirs.get(name, ours[name]) != ours[name]:
             raise ValueError(
                 f"{folder}: carries the memory of {theirs[name]} {name}, and this run has {ours[name]}: resume "
                 f"with the same {option}"

@@ -94,6 +94,14 @@ def shift_weights(weights):
     return F.pad(weights.float(), (0, 1))[:, 1:].contiguous()
 
 
+def used_columns(input_ids, attention_mask):
+    """Columns up to the last token of the longest row, at least one."""
+    if attention_mask is None:
+        return input_ids.shape[1]
+    used = attention_mask.any(0).nonzero()
+    return max(1, int(used[-1]) + 1 if len(used) else 0)
+
+
 def cut_segments(input_ids, attention_mask, targets, length, trim=True, weights=None):
     """Cut a batch into segments of `length` columns.
 
@@ -108,10 +116,7 @@ def cut_segments(input_ids, attention_mask, targets, length, trim=True, weights=
     Returns:
         `list[Segment]`
     """
-    columns = input_ids.shape[1]
-    if trim and attention_mask is not None:
-        used = attention_mask.any(0).nonzero()
-        columns = max(1, int(used[-1]) + 1 if len(used) else 0)
+    columns = used_columns(input_ids, attention_mask) if trim else input_ids.shape[1]
     wholes = [None if whole is None else whole[:, :columns] for whole in (input_ids, attention_mask, targets, weights)]
     return [
         Segment(*(None if whole is None else whole[:, start : start + length].contiguous() for whole in wholes))

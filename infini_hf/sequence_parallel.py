@@ -194,7 +194,7 @@ def shard_row(ids, group, segment_length, labels=None):
     return {"input_ids": ids[:, run], "labels": mine, "shift_labels": mine, "num_items_in_batch": count}
 
 
-def shard_segments(ids, targets, group, segment_length, segments_per_call=1):
+def shard_segments(ids, targets, group, segment_length, segments_per_call=1, weights=None):
     """The row as [`segment_major_loss`] reads it over several ranks: pieces, and of each this rank's run.
 
     Args:
@@ -203,6 +203,7 @@ def shard_segments(ids, targets, group, segment_length, segments_per_call=1):
         group (`DeviceMesh` or `ProcessGroup`): the ranks of the row.
         segment_length (`int`): tokens of a segment.
         segments_per_call (`int`, *optional*, defaults to 1): segments that a rank reads in one call.
+        weights (`torch.Tensor`, *optional*): `(batch, seq_len)` float32, as from [`shift_weights`].
 
     Returns:
         `list[Segment]`
@@ -210,9 +211,11 @@ def shard_segments(ids, targets, group, segment_length, segments_per_call=1):
     group = row_group(group)
     columns = segment_length * segments_per_call * group.size
     pieces = []
-    for piece, wanted in zip(ids.split(columns, 1), targets.split(columns, 1), strict=True):
-        run = run_of(piece.shape[1], group, segment_length)
-        pieces.append(Segment(piece[:, run].contiguous(), None, wanted[:, run].contiguous()))
+    for start in range(0, ids.shape[1], columns):
+        run = run_of(min(columns, ids.shape[1] - start), group, segment_length)
+        run = slice(start + run.start, start + run.stop)
+        parts = (None if whole is None else whole[:, run].contiguous() for whole in (ids, None, targets, weights))
+        pieces.append(Segment(*parts))
     return pieces
 
 

@@ -1,23 +1,24 @@
 """`InfiniTrainer`: the stock `Trainer` over rows of any length, read segment after segment through the memory."""
 
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
-from transformers import Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet
-from .checkpoints import check_resume, disown, record_run, resolve_checkpoint
 from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
 from .dilution import MemoryDilution
 from .distillation import Distillation
 from .lanes import Lanes
 from .parameter_groups import part_memory
+from .resuming import ResumableTrainer
 from .retrieval_supervision import RetrievalSupervision
 from .segment_step import (
+    IGNORED,
     StepObserver,
     StepOptions,
     cut_segments,
@@ -26,6 +27,7 @@ from .segment_step import (
     shift_labels,
     shift_weights,
 )
+from .shared_rows import SharedRows
 from .streaming import require_patched
 from .trainer_checks import refuse_what_cannot_work
 from .training_args import InfiniTrainingArguments
@@ -40,7 +42,17 @@ NO_LABELS = (
 )
 
 
-class InfiniTrainer(Trainer):
+def known(columns, names=("attention_mask", WEIGHTS)):
+    """The columns of a batch beside those that every row has; it refuses those that nothing reads."""
+    if unread := sorted(set(columns) - set(names)):
+        raise ValueError(
+            f"the batch has {unread}, which InfiniTrainer does not read: it takes input_ids, labels, attention_mask, "
+            "loss_weights, sources, dilute, document, part; drop them, or use the stock Trainer"
+        )
+    return columns
+
+
+class InfiniTrainer(ResumableTrainer):
     """[`transformers.Trainer`] whose steps carry the memory through rows of any length.
 
     A row is read segment after segment; the gradient goes back through the whole memory at the activation cost of one
@@ -87,7 +99,8 @@ class InfiniTrainer(Trainer):
                 self.add_callback(quiet(type(shown)))
         self.distillation = None if teacher is None else self._distillation(teacher)
         self.options = StepOptions(
-            bptt_segments=args.bptt_segments,
+            # A step over shared rows goes on by a segment of every rank.
+            bptt_segments=args.bptt_segments and args.bptt_segments // args.sequence_parallel_size,
             recompute=args.recompute_segments,
             offload=args.offload_memory_states,
             label_smoothing=args.label_smoothing_factor,
@@ -105,6 +118,8 @@ class InfiniTrainer(Trainer):
         # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.
         self.answers, self.divergences, self.micro_batch = [], [], 0
         refuse_what_cannot_work(self)
+        size = args.sequence_parallel_size
+        self.shared_rows = None if size == 1 else SharedRows(self.accelerator, size, self.lanes.config)
 
     def _distillation(self, teacher):
         if isinstance(teacher, torch.nn.Module):
@@ -125,9 +140,17 @@ class InfiniTrainer(Trainer):
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         columns = [lane_column(dataset, name) for name in LANE_COLUMNS]
         # Smaller than that of the arguments where auto_find_batch_size has made it so.
-        lanes = self._train_batch_size * self.args.world_size
+        lanes = self._train_batch_size * self.args.row_groups
         self.lane_sampler = LaneSampler(*columns, lanes, seed)
         return self.lane_sampler
+
+    def get_train_dataloader(self):
+        with nullcontext() if self.shared_rows is None else self.shared_rows.dealing():
+            return super().get_train_dataloader()
+
+    def get_cp_size(self):
+        # By what the stock trainer knows of processes that share rows, it counts tokens and rows.
+        return super().get_cp_size() * self.args.sequence_parallel_size
 
     # Steps
 
@@ -140,13 +163,20 @@ class InfiniTrainer(Trainer):
         dilute, sources = others.pop("dilute", None), others.pop("sources", None)
         if labels is None:
             raise ValueError(NO_LABELS)
-        segments, filling = self._cut(input_ids, labels, **others)
+        if self.shared_rows is None:
+            segments, filling = self._cut(input_ids, labels, **others)
+            longest, targets = len(segments), sum((segment.targets != IGNORED).sum() for segment in segments)
+        else:
+            segments, longest, targets = self.shared_rows.cut(input_ids, labels, **known(others))
+            filling = 0
         if num_items_in_batch is None:
-            num_items_in_batch = sum((segment.targets != -100).sum() for segment in segments)
+            num_items_in_batch = targets / self.args.sequence_parallel_size
         # A batch in which nothing is learned has the loss 0, not 0 / 0.
         num_items = torch.as_tensor(num_items_in_batch, device=input_ids.device).clamp_min(1)
         cache = self.lanes.open(document, part) if self.args.carry_memory else InfiniCache(self.lanes.config)
-        self.gates.note_row(len(segments))
+        if self.shared_rows is not None:
+            cache = self.shared_rows.split(cache)
+        self.gates.note_row(longest)
         inner = self.accelerator.unwrap_model(model, keep_fp32_wrapper=True, keep_torch_compile=True)
         scale = self._write_scale(dilute, segments)
         options = replace(self.options, wrapper=model, filling=filling, write_scale=scale)
@@ -161,7 +191,7 @@ class InfiniTrainer(Trainer):
         if watch is not None:
             self.gates.note_memory(cache)
         if self.args.carry_memory:
-            self.lanes.close(document, part, cache)
+            self.lanes.close(document, part, cache if self.shared_rows is None else cache.to_infini_cache())
         return {"loss": loss}
 
     def _write_scale(self, dilute, segments):
@@ -174,11 +204,7 @@ class InfiniTrainer(Trainer):
 
     def _cut(self, input_ids, labels=None, attention_mask=None, loss_weights=None, trim=True, **others):
         """Segments of a batch, and how many more calls of the model this rank owes to the others."""
-        if others:
-            raise ValueError(
-                f"the batch has {sorted(others)}, which InfiniTrainer does not read: it takes input_ids, labels, "
-                "attention_mask, loss_weights, sources, dilute, document, part; drop them, or use the stock Trainer"
-            )
+        known(others)
         length = infini_config_of(self.lanes.config).segment_length
         targets = None if labels is None else shift_labels(labels)
         weights = None if loss_weights is None else shift_weights(loss_weights)
@@ -245,56 +271,3 @@ class InfiniTrainer(Trainer):
             self.scored += sums.sum(0).cpu()
         loss = None if labels is None else losses.sum() / counts.sum().clamp_min(1)
         return loss, logits, labels
-
-    # Checkpoints
-
-    def train(self, resume_from_checkpoint=None, **kwargs):
-        """[`transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
-
-        Raises:
-            ValueError: when the checkpoint is incomplete, or belongs to another patch or another set of lanes.
-        """
-        resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
-        self.gates.start = self.resumed = None
-        if resume_from_checkpoint is not None:
-            record = check_resume(resume_from_checkpoint, self)
-            self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
-            self.resumed = resume_from_checkpoint, record
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-
-    def _run_epoch(self, *args, **kwargs):
-        # A finished run that is resumed: the stock loop would take one step more before it counts them.
-        if self.state.global_step >= self.state.max_steps:
-            self.control.should_training_stop = True
-            return
-        super()._run_epoch(*args, **kwargs)
-
-    def begin_run(self, model):
-        """Begin with empty lanes and no dilution, or with those of the checkpoint that is resumed."""
-        folder, record = self.resumed or (None, {"dilution": None})
-        self.answers.clear()
-        self.divergences.clear()
-        self.supervision.restart()
-        self.dilution.restore(record["dilution"])
-        self.lanes = Lanes(self.lanes.config)
-        if self.args.carry_memory and folder is not None:
-            inner = require_patched(self.accelerator.unwrap_model(model))
-            self.lanes.load(self._lane_file(folder), inner.get_decoder())
-
-    def _lane_file(self, folder):
-        return f"{folder}/lanes_{self.args.process_index}.safetensors"
-
-    def _save_checkpoint(self, model, trial):
-        if self.args.should_save:
-            disown(self._get_output_dir(trial=trial), self.state.global_step)
-        self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(model, trial)
-
-    def _save_rng_state(self, output_dir):
-        super()._save_rng_state(output_dir)
-        if self.args.carry_memory:
-            self.lanes.save(self._lane_file(output_dir))
-        if self.args.should_save:
-            record_run(output_dir, self)
-        # The state file that makes a checkpoint whole comes after what every rank has to add.
-        self.accelerator.wait_for_everyone()

@@ -17,6 +17,8 @@ def refuse_what_cannot_work(trainer):
     """
     refuse_launch(trainer)
     refuse_options(trainer)
+    if trainer.args.sequence_parallel_size > 1:
+        refuse_beside_shared_rows(trainer)
 
 
 def refuse_launch(trainer):
@@ -26,8 +28,12 @@ def refuse_launch(trainer):
             f"{trainer.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
             "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    if trainer.get_cp_size() > 1 or trainer.get_sp_size() > 1:
-        raise NotImplementedError("context or sequence parallelism of accelerate splits rows: use data parallelism")
+    plan = getattr(trainer.accelerator, "parallelism_config", None)
+    if plan is not None and max(plan.cp_size, plan.sp_size) > 1:
+        raise NotImplementedError(
+            "context or sequence parallelism of accelerate splits rows for full attention: set "
+            "sequence_parallel_size, or use data parallelism"
+        )
     plugin = trainer.accelerator.state.fsdp_plugin if trainer.is_fsdp_enabled else None
     if plugin is not None and plugin.fsdp_version == 1:
         raise NotImplementedError(
@@ -69,3 +75,30 @@ def refuse_options(trainer):
             "memory brings from the rows before; use rows as long as the teacher can read, or leave one of them out"
         )
     trainer.distillation.check_student(trainer.lanes.config)
+
+
+def refuse_beside_shared_rows(trainer):
+    """Raise for what is not there for rows that several ranks read together."""
+    args = trainer.args
+    size = f"sequence_parallel_size={args.sequence_parallel_size}"
+    unsupported = {
+        "FSDP": trainer.is_fsdp_enabled,
+        "DeepSpeed": trainer.is_deepspeed_enabled,
+        f"memory_dilution={args.memory_dilution}": args.memory_dilution > 1,
+        f"retrieval_weight={args.retrieval_weight}": args.retrieval_weight,
+        "a teacher": trainer.distillation is not None,
+        # Lanes stand at different places of their documents.
+        f"carry_memory and per_device_train_batch_size={args.per_device_train_batch_size}": (
+            args.carry_memory and args.per_device_train_batch_size > 1
+        ),
+    }
+    found = [name for name, present in unsupported.items() if present]
+    if found:
+        raise NotImplementedError(
+            f"{size} with {found[0]}: rows that ranks read together know nothing of it; leave one of them out"
+        )
+    if args.bptt_segments and args.bptt_segments % args.sequence_parallel_size:
+        raise ValueError(
+            f"bptt_segments={args.bptt_segments} with {size}: the state is cut after a segment of every rank; take a "
+            f"multiple of {args.sequence_parallel_size}"
+        )

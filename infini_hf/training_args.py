@@ -26,6 +26,9 @@ class InfiniTrainingArguments(TrainingArguments):
             whatever the length, for about a third more time.
         offload_memory_states (`bool`, *optional*, defaults to `False`):
             Keep the per-segment states on the CPU until the backward pass. Needs `recompute_segments`.
+        sequence_parallel_size (`int`, *optional*, defaults to 1):
+            Processes that read each row together, a run of its segments each ([`infini_hf.sequence_parallel`]); their
+            number divides that of all. Rows are then not padded: one in a micro-batch, or all of one length.
         carry_memory (`bool`, *optional*, defaults to `False`):
             Continue a document in the next micro-batch with the memory of the last. The dataset needs the columns
             `document` and `part`, as [`infini_hf.data.packing.pack_documents`] makes them.
@@ -78,6 +81,9 @@ class InfiniTrainingArguments(TrainingArguments):
     offload_memory_states: bool = field(
         default=False, metadata={"help": "Keep the per-segment memory states on the CPU until the backward pass."}
     )
+    sequence_parallel_size: int = field(
+        default=1, metadata={"help": "Processes that read each row together, a run of its segments each."}
+    )
     carry_memory: bool = field(
         default=False, metadata={"help": "Continue a document in the next micro-batch with the memory of the last."}
     )
@@ -123,6 +129,11 @@ class InfiniTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
+        if self.sequence_parallel_size < 1 or self.world_size % self.sequence_parallel_size:
+            raise ValueError(
+                f"sequence_parallel_size={self.sequence_parallel_size}: must be at least 1, and divide the "
+                f"{self.world_size} processes of this run (torchrun --nproc_per_node, accelerate launch)"
+            )
         if not 1 <= self.memory_dilution < math.inf:
             raise ValueError(f"memory_dilution={self.memory_dilution}: must be a number of at least 1, which is off")
         for name in ("distillation_weight", "distillation_temperature"):
@@ -152,3 +163,8 @@ class InfiniTrainingArguments(TrainingArguments):
                 "activation_checkpointing (gradient_checkpointing) drops the memory between the layers of a segment: "
                 "leave it off, InfiniTrainer recomputes whole segments (recompute_segments=True)"
             )
+
+    @property
+    def row_groups(self):
+        """`int`: groups of processes, each of which reads rows of its own."""
+        return self.world_size // self.sequence_parallel_size

@@ -63,7 +63,7 @@ def main(argv=None):
         calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
     if row_args.memory_projections:
         add_memory_projections(model)
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,
         tokenizer,

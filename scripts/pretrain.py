@@ -26,7 +26,7 @@ def main(argv=None):
     set_seed(args.seed)
     model, tokenizer = model_args.load()
     segment_length = infini_config_of(model.config).segment_length
-    lanes = args.train_batch_size * args.world_size if args.carry_memory else None
+    lanes = args.train_batch_size * args.row_groups if args.carry_memory else None
     # One process prepares the rows, the others find them in the cache.
     with args.main_process_first(desc="rows"):
         train_rows = data_args.rows(tokenizer, segment_length, lanes)

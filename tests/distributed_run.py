@@ -1,6 +1,6 @@
 """A training run for `tests/test_distributed.py`, started once for each process: writes its losses as JSON.
 
-python tests/distributed_run.py {trainer,stream,zero2,zero3,fsdp} OUTPUT_DIR {carry,fresh}
+python tests/distributed_run.py {trainer,stream,shared1,shared2,zero2,zero3,fsdp} OUTPUT_DIR {carry,fresh}
 """
 
 import json
@@ -39,6 +39,15 @@ def rows():
     return Dataset.from_list(examples)
 
 
+def weighted_rows():
+    """The same with weights of the loss, in an order in which rows of unequal length stand side by side."""
+    data = list(rows())
+    for index, row in enumerate(data):
+        drawn = torch.rand(len(row["input_ids"]), generator=torch.Generator().manual_seed(index))
+        row["loss_weights"] = (1.0 + 2.0 * (drawn > 0.7)).tolist()
+    return Dataset.from_list(data[1::2] + data[::2])
+
+
 def by_length(examples):
     return sorted(examples, key=lambda row: len(row["labels"]))
 
@@ -50,12 +59,16 @@ def model_of_the_run():
 def run_trainer(folder, kind, carry):
     world = int(os.environ.get("WORLD_SIZE", 1))
     zero = int(kind.removeprefix("zero")) if kind.startswith("zero") else None
+    # Rows of a global batch, of which processes that share one have one each.
+    batch = int(kind.removeprefix("shared")) if kind.startswith("shared") else GLOBAL_BATCH
+    size = world // batch if kind.startswith("shared") and world > 1 else 1
     # Before the arguments: after them, under ZeRO-3, transformers would build it in parts that a seed does not fill.
     model = model_of_the_run()
     args = InfiniTrainingArguments(
         str(folder),
-        per_device_train_batch_size=GLOBAL_BATCH // world,
+        per_device_train_batch_size=batch * size // world,
         per_device_eval_batch_size=GLOBAL_BATCH // world,
+        sequence_parallel_size=size,
         max_steps=STEPS,
         logging_steps=1,
         save_strategy="no",
@@ -72,7 +85,7 @@ def run_trainer(folder, kind, carry):
         train_sampling_strategy="random" if carry else "sequential",
     )
     # Ten rows leave a last batch that is not full.
-    data = train = rows()
+    data = train = weighted_rows() if kind.startswith("shared") else rows()
     if kind == "stream":
         # Without lanes by length, so that batches of the two ranks differ in width.
         stream = Dataset.from_list(list(data) if carry else by_length(data)).to_iterable_dataset()
@@ -92,6 +105,7 @@ def run_trainer(folder, kind, carry):
         "eval": next(entry["eval_loss"] for entry in log if "eval_loss" in entry),
         "tokens": next(entry["eval_tokens"] for entry in log if "eval_tokens" in entry),
         "gates": [entry["memory_gate/layer_1/mean"] for entry in log if "loss" in entry],
+        "norms": [entry["grad_norm"] for entry in log if "loss" in entry],
         "closed": closed_loss(trainer),
     }
 

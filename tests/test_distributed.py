@@ -15,6 +15,7 @@ ACCELERATE = (
     "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 --mixed_precision no".split()
 )
 TORCHRUN = "-m torch.distributed.run --nproc_per_node 2".split()
+FOUR = "-m torch.distributed.run --nproc_per_node 4".split()
 
 
 def run(launcher, kind, folder, memory):
@@ -49,6 +50,20 @@ def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory, kind):
     assert both["tokens"] == alone["tokens"]
     assert both["gates"] == pytest.approx(alone["gates"], abs=1e-5)
     assert both["closed"] == pytest.approx(alone["closed"], abs=1e-4)
+
+
+@pytest.mark.parametrize(("launcher", "kind", "memory"), [(FOUR, "shared2", "fresh"), (TORCHRUN, "shared1", "carry")])
+def test_processes_that_share_rows_learn_what_one_learns(tmp_path, launcher, kind, memory):
+    """Two pairs with a row each, of unequal length; and a pair that carries the memory from row to row."""
+    alone = run([], kind, tmp_path / "one", memory)
+    shared = run([*launcher, "--master_port", port()], kind, tmp_path / "shared", memory)
+    assert (alone["wrapper"], shared["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
+    assert len(alone["losses"]) == 4
+    for name in ("losses", "eval", "closed"):
+        assert shared[name] == pytest.approx(alone[name], abs=1e-4), name
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)
+    assert shared["gates"] == pytest.approx(alone["gates"], abs=1e-5)
+    assert shared["tokens"] == alone["tokens"]
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])

@@ -26,7 +26,7 @@ ROWS = (
     "patching",
     "auto",
     "streaming",
-    "callbacks lora calibration distillation trainer_checks",
+    "callbacks lora calibration distillation trainer_checks resuming shared_rows",
     "trainer evaluation",
     "model_card",
     "cli",

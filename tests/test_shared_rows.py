@@ -1,0 +1,123 @@
+"""Rows that several ranks of a trainer read together: what is refused, and what a rank is given of a row.
+
+What such ranks learn is in test_distributed.py.
+"""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from models import build, random_ids
+from training import SEGMENT, make_trainer, tiny_model, tiny_rows
+
+from infini_hf import InfiniTrainingArguments
+from infini_hf.segment_step import shift_labels, shift_weights
+from infini_hf.shared_rows import SharedRows
+
+RANKS = 2
+
+
+class Group:
+    """A group of ranks of which one is here; the others say what they are told to."""
+
+    def __init__(self, rank, others=None):
+        self.rank, self.size, self.others = rank, RANKS, others
+
+    def gather(self, numbers, device):
+        return [numbers, numbers if self.others is None else self.others]
+
+
+@pytest.fixture
+def ranks(monkeypatch):
+    """Shared rows of each of two ranks, without processes."""
+    monkeypatch.setattr("infini_hf.sequence_parallel.row_group", lambda group: group)
+    shared = []
+    for rank in range(RANKS):
+        rows = object.__new__(SharedRows)
+        rows.group, rows.size, rows.length = Group(rank), RANKS, SEGMENT
+        shared.append(rows)
+    return shared
+
+
+def test_the_runs_of_the_ranks_are_the_row(ranks):
+    """Piece after piece, a segment for each rank, with targets and weights of the whole row."""
+    ids, columns = random_ids(2, 6 * SEGMENT), 5 * SEGMENT + 3
+    mask = (torch.arange(ids.shape[1]) < columns).long().expand(2, -1)
+    labels, weights = ids.masked_fill(mask == 0, -100), torch.rand(2, ids.shape[1])
+    cuts = [rows.cut(ids, labels, mask, weights) for rows in ranks]
+    for pieces, segments, targets in cuts:
+        assert (len(pieces), segments, int(targets)) == (3, 6, 2 * (columns - 1))
+    for name, whole in (
+        ("input_ids", ids),
+        ("targets", shift_labels(labels)),
+        ("weights", shift_weights(weights)),
+    ):
+        parts = [getattr(cuts[rank][0][piece], name) for piece in range(3) for rank in range(RANKS)]
+        assert [part.shape[1] for part in parts] == [8, 8, 8, 8, 8, 3]
+        assert torch.equal(torch.cat(parts, dim=1), whole[:, :columns])
+
+
+def test_rows_padded_to_one_length_are_refused(ranks):
+    ids = random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 15:] = 0
+    with pytest.raises(NotImplementedError, match="sequence_parallel_size=2 with rows padded"):
+        ranks[0].cut(ids, ids, mask)
+
+
+@pytest.mark.parametrize("change", ["one token", "two tokens exchanged", "one column less"])
+def test_ranks_that_were_given_different_rows_are_refused(ranks, change):
+    ids = random_ids(1, 20)
+    ids[0, 3], ids[0, 4] = 5, 6
+    other = ids.clone()
+    if change == "one token":
+        other[0, 3] += 1
+    elif change == "two tokens exchanged":
+        other[0, 3], other[0, 4] = 6, 5
+    else:
+        other = ids[:, :-1]
+    said = []
+    ranks[1].group.gather = lambda numbers, device: [said.append(numbers)] and [numbers] * 2
+    ranks[1].cut(other, other)
+    ranks[0].group.others = said[0]
+    with pytest.raises(ValueError, match="given different rows"):
+        ranks[0].cut(ids, ids)
+    ranks[0].group.others = None
+    ranks[0].cut(ids, ids)
+
+
+def test_a_loader_is_dealt_by_the_mesh_inside_alone():
+    rows, state = object.__new__(SharedRows), SimpleNamespace(device_mesh="theirs")
+    rows.accelerator, rows.mesh = SimpleNamespace(state=state), "ours"
+    with rows.dealing():
+        assert state.device_mesh == "ours"
+    assert state.device_mesh == "theirs"
+
+
+@pytest.mark.parametrize("size", [0, 2, 3])
+def test_a_size_that_does_not_divide_the_processes(tmp_path, size):
+    with pytest.raises(ValueError, match=f"sequence_parallel_size={size}.* divide the 1 processes"):
+        InfiniTrainingArguments(str(tmp_path), use_cpu=True, sequence_parallel_size=size)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"memory_dilution": 4}, NotImplementedError, "memory_dilution=4"),
+        ({"retrieval_weight": 1.0, "recompute_segments": False}, NotImplementedError, "retrieval_weight=1.0"),
+        ({"carry_memory": True, "per_device_train_batch_size": 2}, NotImplementedError, "carry_memory and per_device"),
+        ({"bptt_segments": 3}, ValueError, "bptt_segments=3.* multiple of 2"),
+    ],
+    ids=str,
+)
+def test_what_shared_rows_know_nothing_of(tmp_path, monkeypatch, options, error, message):
+    """Before any process is asked for."""
+    monkeypatch.setattr(InfiniTrainingArguments, "world_size", 2)
+    with pytest.raises(error, match=message):
+        make_trainer(tmp_path, tiny_model(), tiny_rows(), sequence_parallel_size=2, **options)
+
+
+def test_a_teacher_beside_shared_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr(InfiniTrainingArguments, "world_size", 2)
+    with pytest.raises(NotImplementedError, match="sequence_parallel_size=2 with a teacher"):
+        make_trainer(tmp_path, tiny_model(), tiny_rows(), parts={"teacher": build("llama")}, sequence_parallel_size=2)
