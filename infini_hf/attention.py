@@ -212,8 +212,10 @@ class InfiniAttention:
         asked = self.memory_gate.center_queries(queries)
         reads = plan.reads_of(run)
         reads = None if reads is None else reads.to(local.device)
-        read = memory_math.retrieve if Choice.mode == "never" else Retrieval
-        return self.memory_gate(local, read(asked, memory, memory_norm, plan.config.feature_map), reads)
+        # Without a gradient the two steps hold one tensor less.
+        read = Retrieval if Choice.mode != "never" and torch.is_grad_enabled() else memory_math.retrieve
+        retrieved = read(asked, memory, memory_norm, plan.config.feature_map)
+        return self.memory_gate(local, retrieved=retrieved, reads=reads)
 
     def attend(self, queries, keys, values, state, run, plan, writes, kwargs):
         """One round: local attention, retrieval, gate, and the write for rows that close their segment.

@@ -129,7 +129,7 @@ def check_resume(folder, trainer):
     for name, option in options.items():
         # A run that finds its batch size takes that of the checkpoint.
         found = name == "lanes" and trainer.args.auto_find_batch_size
-        if ours["carry_memory"] and not found and theirs.get(name, ours[name]) != ours[name]:
+        if ours["carry_memory"] and not found and theirs.get(name, theirs["processes"]) != ours[name]:
             raise ValueError(
                 f"{folder}: carries the memory of {theirs[name]} {name}, and this run has {ours[name]}: resume "
                 f"with the same {option}"

@@ -57,7 +57,7 @@ class Lanes:
                     f"row {lane} is part {part} of document {document}, and the memory of that lane holds {held}: the "
                     "rows are not in lane order. Let InfiniTrainer order a dataset that has a length (which it does "
                     "unless train_sampling_strategy='sequential'), or order a stream with "
-                    "infini_hf.data.lane_order.lane_stream(rows, per_device_train_batch_size × processes)"
+                    "infini_hf.data.lane_order.lane_stream(rows, per_device_train_batch_size × args.row_groups)"
                 )
         self.cache.reset_rows(parts.cpu() == 0)
         return self.cache

@@ -50,12 +50,16 @@ def map_queries(queries, feature_map="elu"):
 class EluPlusOne(torch.autograd.Function):
     """x + 1 above zero, exp(x) below: (exp(x) - 1) + 1 would cancel to nothing for keys far below zero."""
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx, states):
+    def forward(states):
         # In place, for on CPUs fresh memory costs more than the arithmetic.
-        mapped = F.threshold(states, 0.0, 0.0).add_(states.clamp(max=0.0).exp_())
-        ctx.save_for_backward(mapped)
-        return mapped
+        return F.threshold(states, 0.0, 0.0).add_(states.clamp(max=0.0).exp_())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx, gradient):

@@ -9,7 +9,10 @@ from .streaming import require_patched
 
 
 class ResumableTrainer(Trainer):
-    """The part of [`InfiniTrainer`] that begins, resumes and stores a run."""
+    """The part of [`InfiniTrainer`] that begins, resumes and stores a run.
+
+    It is that class's alone, which makes what is stored: `lanes`, `dilution`, `gates`, and the tallies of a step.
+    """
 
     def train(self, resume_from_checkpoint=None, **kwargs):
         """[`transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.

@@ -2,10 +2,12 @@
 
 from contextlib import contextmanager
 
+import torch
 from torch.distributed.device_mesh import init_device_mesh
 
+from .cache import infini_config_of
 from .collectives import RowGroup
-from .segment_step import IGNORED, shift_labels, shift_weights, used_columns
+from .segment_step import shift_labels, shift_weights, used_columns
 from .sequence_parallel import SequenceParallelCache, shard_segments
 
 PADDED = (
@@ -23,9 +25,6 @@ class SharedRows:
         accelerator (`accelerate.Accelerator`): of the run.
         size (`int`): ranks that share a row; a divisor of their number.
         config (`PreTrainedConfig`): that of the patched model.
-
-    Raises:
-        NotImplementedError: when the patch leaves layers stock.
     """
 
     def __init__(self, accelerator, size, config):
@@ -34,7 +33,7 @@ class SharedRows:
         # Names that accelerate deals by: ranks of one "cp" get the same rows.
         self.mesh = init_device_mesh(accelerator.device.type, shape, mesh_dim_names=("dp_replicate", "cp"))
         self.group = RowGroup(self.mesh["cp"])
-        self.length = SequenceParallelCache(config, self.group).infini_config.segment_length
+        self.length = infini_config_of(config).segment_length
 
     @contextmanager
     def dealing(self):
@@ -60,28 +59,36 @@ class SharedRows:
             loss_weights (`torch.Tensor`, *optional*): the same shape, what the loss of each token counts.
 
         Returns:
-            `tuple`: `list[Segment]`; the segments of the whole rows; the number of their targets.
+            `tuple`: `list[Segment]`, and the number of segments of the whole rows.
 
         Raises:
-            NotImplementedError: for rows that are padded to one length.
-            ValueError: when the ranks were given different rows.
+            ValueError: on all of its ranks, when they were given different rows, labels or weights.
+            NotImplementedError: on all of its ranks, for rows that are padded to one length.
         """
         columns = used_columns(input_ids, attention_mask)
-        if attention_mask is not None and not bool(attention_mask[:, :columns].all()):
-            raise NotImplementedError(PADDED.format(self.size))
-        targets = shift_labels(labels)[:, :columns]
+        padded = attention_mask is not None and not bool(attention_mask[:, :columns].all())
+        input_ids, targets = input_ids[:, :columns], shift_labels(labels)[:, :columns]
         weights = None if loss_weights is None else shift_weights(loss_weights)[:, :columns]
-        input_ids = input_ids[:, :columns]
-        self.check_alike(input_ids)
+        self.check_alike(input_ids, targets, weights)
+        if padded:
+            raise NotImplementedError(PADDED.format(self.size))
         pieces = shard_segments(input_ids, targets, self.group, self.length, weights=weights)
-        return pieces, -(-columns // self.length), (targets != IGNORED).sum()
+        return pieces, -(-columns // self.length)
 
-    def check_alike(self, input_ids):
+    def check_alike(self, *columns):
         """Raise when the ranks hold different rows: their losses would be of no row at all."""
-        weighed = input_ids * (1 + input_ids.new_ones(input_ids.shape).flatten().cumsum(0).view(input_ids.shape))
-        table = self.group.gather([*input_ids.shape, int(weighed.sum())], input_ids.device)
+        marks = [fingerprint(column) for column in columns if column is not None]
+        table = self.group.gather([*columns[0].shape, *marks], columns[0].device)
         if any(row != table[0] for row in table):
             raise ValueError(
-                f"the {self.size} ranks of a row were given different rows, of {[row[:2] for row in table]}: let the "
-                "training dataset and its order be the same on every rank (use_seedable_sampler, one seed)"
+                f"the {self.size} ranks of a row were given different rows, labels or weights, of "
+                f"{[tuple(row[:2]) for row in table]}: let dataset, order and collator give the same on every rank "
+                "(one seed, use_seedable_sampler; nothing drawn at random in dataloader workers)"
             )
+
+
+def fingerprint(column):
+    """A whole number that differs where the values `(batch, seq_len)` or their places do."""
+    whole = column.view(torch.int32) if column.dtype == torch.float32 else column
+    places = torch.arange(1, whole.numel() + 1, device=whole.device).view(whole.shape)
+    return int((whole.long() * places).sum())

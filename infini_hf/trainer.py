@@ -42,9 +42,9 @@ NO_LABELS = (
 )
 
 
-def known(columns, names=("attention_mask", WEIGHTS)):
+def known(columns):
     """The columns of a batch beside those that every row has; it refuses those that nothing reads."""
-    if unread := sorted(set(columns) - set(names)):
+    if unread := sorted(set(columns) - {"attention_mask", WEIGHTS}):
         raise ValueError(
             f"the batch has {unread}, which InfiniTrainer does not read: it takes input_ids, labels, attention_mask, "
             "loss_weights, sources, dilute, document, part; drop them, or use the stock Trainer"
@@ -165,14 +165,16 @@ class InfiniTrainer(ResumableTrainer):
             raise ValueError(NO_LABELS)
         if self.shared_rows is None:
             segments, filling = self._cut(input_ids, labels, **others)
-            longest, targets = len(segments), sum((segment.targets != IGNORED).sum() for segment in segments)
+            longest = len(segments)
         else:
-            segments, longest, targets = self.shared_rows.cut(input_ids, labels, **known(others))
+            segments, longest = self.shared_rows.cut(input_ids, labels, **known(others))
             filling = 0
+        # Of processes that share rows, each has its part of a target.
+        size = self.args.sequence_parallel_size
         if num_items_in_batch is None:
-            num_items_in_batch = targets / self.args.sequence_parallel_size
+            num_items_in_batch = (labels[:, 1:] != IGNORED).sum() / size
         # A batch in which nothing is learned has the loss 0, not 0 / 0.
-        num_items = torch.as_tensor(num_items_in_batch, device=input_ids.device).clamp_min(1)
+        num_items = torch.as_tensor(num_items_in_batch, device=input_ids.device).clamp_min(1 / size)
         cache = self.lanes.open(document, part) if self.args.carry_memory else InfiniCache(self.lanes.config)
         if self.shared_rows is not None:
             cache = self.shared_rows.split(cache)
@@ -182,13 +184,14 @@ class InfiniTrainer(ResumableTrainer):
         options = replace(self.options, wrapper=model, filling=filling, write_scale=scale)
         if self.distillation is not None:
             segments = self.distillation.read(segments)
-        watch = self.gates.watch if self._logs_this_step() else None
+        # The gradient of a state that ranks exchange is on the one that sent it.
+        watch = self.gates.watch if self._logs_this_step() and self.shared_rows is None else None
         mask = others.get("attention_mask")
         with self.supervision.reading(inner, sources, mask, cache.seen, scale, watch) as told:
             observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
             loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
         loss = loss + self.supervision.weight * told.loss / num_items
-        if watch is not None:
+        if self._logs_this_step():
             self.gates.note_memory(cache)
         if self.args.carry_memory:
             self.lanes.close(document, part, cache if self.shared_rows is None else cache.to_infini_cache())

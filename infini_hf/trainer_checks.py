@@ -28,7 +28,7 @@ def refuse_launch(trainer):
             f"{trainer.args.n_gpu} GPUs in one process (DataParallel) copy the model without its memory: launch with "
             "accelerate launch or torchrun, or show one GPU (CUDA_VISIBLE_DEVICES=0)"
         )
-    plan = getattr(trainer.accelerator, "parallelism_config", None)
+    plan = trainer.accelerator.parallelism_config
     if plan is not None and max(plan.cp_size, plan.sp_size) > 1:
         raise NotImplementedError(
             "context or sequence parallelism of accelerate splits rows for full attention: set "
@@ -79,11 +79,17 @@ def refuse_options(trainer):
 
 def refuse_beside_shared_rows(trainer):
     """Raise for what is not there for rows that several ranks read together."""
-    args = trainer.args
+    args, stock = trainer.args, trainer.lanes.cache.stock_layers
     size = f"sequence_parallel_size={args.sequence_parallel_size}"
     unsupported = {
         "FSDP": trainer.is_fsdp_enabled,
         "DeepSpeed": trainer.is_deepspeed_enabled,
+        "tensor parallelism": trainer.get_tp_size() > 1,
+        "a model that was sharded when it was loaded": getattr(trainer, "is_distributed_loading_by_transformers", 0),
+        f"layers {sorted(stock)} that the patch leaves stock": stock,
+        "train_sampling_strategy='batch_rebalance'": args.train_sampling_strategy == "batch_rebalance",
+        "dispatch_batches": args.accelerator_config.dispatch_batches,
+        "neftune_noise_alpha": args.neftune_noise_alpha,
         f"memory_dilution={args.memory_dilution}": args.memory_dilution > 1,
         f"retrieval_weight={args.retrieval_weight}": args.retrieval_weight,
         "a teacher": trainer.distillation is not None,

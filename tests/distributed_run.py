@@ -45,6 +45,9 @@ def weighted_rows():
     for index, row in enumerate(data):
         drawn = torch.rand(len(row["input_ids"]), generator=torch.Generator().manual_seed(index))
         row["loss_weights"] = (1.0 + 2.0 * (drawn > 0.7)).tolist()
+    # A row of one target, of which two processes have half a one each.
+    for row in data[:2]:
+        row["labels"] = [-100] * 17 + row["labels"][17:18] + [-100] * (len(row["labels"]) - 18)
     return Dataset.from_list(data[1::2] + data[::2])
 
 
@@ -69,6 +72,9 @@ def run_trainer(folder, kind, carry):
         per_device_train_batch_size=batch * size // world,
         per_device_eval_batch_size=GLOBAL_BATCH // world,
         sequence_parallel_size=size,
+        # Tokens of this process alone, and a state that is cut.
+        bptt_segments=4 if kind == "shared1" else None,
+        average_tokens_across_devices=kind != "shared1",
         max_steps=STEPS,
         logging_steps=1,
         save_strategy="no",

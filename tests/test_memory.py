@@ -9,12 +9,22 @@ from oracle import map_key, map_query, read, write
 
 from infini_hf import memory as memory_math
 from infini_hf.config import FEATURE_MAPS, MEMORY_UPDATES
+from infini_hf.memory_read import Retrieval
 
 # 1 < kv heads < heads, and no two of these sizes are equal.
 BATCH, HEADS, KV_HEADS, LENGTH, DIM = 2, 6, 3, 7, 5
 TOLERANCE = 1e-5
 RULES_AND_MAPS = list(itertools.product(MEMORY_UPDATES, FEATURE_MAPS))
 HALF = [torch.bfloat16, torch.float16]
+
+
+def retrieve_as_the_gate_does(queries, memory, memory_norm, feature_map="elu"):
+    """What a gate that is wide open makes of local attention to nothing."""
+    retrieval = Retrieval(queries, memory, memory_norm, feature_map)
+    return retrieval.mixed_into(torch.zeros_like(queries), torch.ones(1, queries.shape[1], 1, 1))
+
+
+READS = [memory_math.retrieve, retrieve_as_the_gate_does]
 
 
 def draw(*shape, dtype=torch.float32):
@@ -59,12 +69,13 @@ def assert_close(actual, expected, tolerance=TOLERANCE):
     assert (actual.double() - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+@pytest.mark.parametrize("retrieve", READS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_retrieve_equals_the_loop(feature_map, dtype):
+def test_retrieve_equals_the_loop(retrieve, feature_map, dtype):
     queries, _, _ = draw_segment(dtype)
     state = draw_state()
-    retrieved = memory_math.retrieve(queries, *state, feature_map)
+    retrieved = retrieve(queries, *state, feature_map)
     assert retrieved.dtype == torch.float32
     assert_close(retrieved, naive_retrieve(queries, *state, feature_map))
 
@@ -242,15 +253,16 @@ def test_inputs_are_not_changed(rule, feature_map, function):
         assert torch.equal(tensor, before)
 
 
+@pytest.mark.parametrize("retrieve", READS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
 @pytest.mark.parametrize("norm", [0.0, 1e-45, 1e-38, 1e-30, 2e-20, 1e-15])
-def test_empty_and_tiny_denominators_give_finite_values_and_gradients(norm, feature_map, dtype):
+def test_empty_and_tiny_denominators_give_finite_values_and_gradients(retrieve, norm, feature_map, dtype):
     """An empty memory returns exact zeros; whatever was written with tiny weights never blows up."""
     queries, keys, values = (tensor.requires_grad_() for tensor in draw_segment(dtype))
     memory = (norm * draw_state()[0]).requires_grad_()
     memory_norm = torch.full((BATCH, KV_HEADS, DIM), norm).requires_grad_()
-    retrieved = memory_math.retrieve(queries, memory, memory_norm, feature_map)
+    retrieved = retrieve(queries, memory, memory_norm, feature_map)
     updated = memory_math.update(keys, values, memory, memory_norm, "delta", feature_map)
     assert retrieved.isfinite().all()
     assert all(part.isfinite().all() for part in updated)
@@ -261,10 +273,11 @@ def test_empty_and_tiny_denominators_give_finite_values_and_gradients(norm, feat
         assert tensor.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("retrieve", READS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("size", [-1e4, -200.0, -40.0, -20.0, 200.0, 1e4])
 @pytest.mark.parametrize(("rule", "feature_map"), RULES_AND_MAPS)
-def test_extreme_keys_and_queries_give_finite_values_and_gradients(rule, feature_map, size, dtype):
+def test_extreme_keys_and_queries_give_finite_values_and_gradients(retrieve, rule, feature_map, size, dtype):
     """ELU + 1 vanishes far below zero and exp overflows far above it; neither may reach the output as NaN or inf."""
     _, _, values = draw_segment(dtype)
     queries = torch.full((BATCH, HEADS, LENGTH, DIM), size, dtype=dtype).requires_grad_()
@@ -272,30 +285,32 @@ def test_extreme_keys_and_queries_give_finite_values_and_gradients(rule, feature
     state = memory_math.empty(keys)
     for _ in range(3):
         state = memory_math.update(keys, values, *state, rule, feature_map)
-    retrieved = memory_math.retrieve(queries, *state, feature_map)
+    retrieved = retrieve(queries, *state, feature_map)
     retrieved.sum().backward()
     for tensor in (*state, retrieved, queries.grad, keys.grad):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.parametrize("retrieve", READS)
 @pytest.mark.parametrize(("feature_map", "size"), [("elu", -16.0), ("exp", -40.0)])
-def test_small_but_real_denominators_keep_their_quotient(feature_map, size):
+def test_small_but_real_denominators_keep_their_quotient(retrieve, feature_map, size):
     """The guard stands far below what real keys write: a single faint key is still returned as its value."""
     keys, values = torch.full((1, 1, 1, DIM), size), draw(1, 1, 1, DIM)
     state = memory_math.update(keys, values, *memory_math.empty(keys), "linear", feature_map)
-    retrieved = memory_math.retrieve(torch.zeros(1, 1, 1, DIM), *state, feature_map)
+    retrieved = retrieve(torch.zeros(1, 1, 1, DIM), *state, feature_map)
     assert_close(retrieved, values.double())
 
 
+@pytest.mark.parametrize("retrieve", READS)
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF])
 @pytest.mark.parametrize("shift", [-8.0, -20.0])
 @pytest.mark.parametrize("feature_map", FEATURE_MAPS)
-def test_far_negative_queries_and_keys_keep_their_precision(feature_map, shift, dtype):
+def test_far_negative_queries_and_keys_keep_their_precision(retrieve, feature_map, shift, dtype):
     """ELU(x) + 1 is exp(x) there, which 1 - (1 - exp(x)) rounds away: a query would find nothing, a key leave none."""
     queries, keys, values = draw_segment()
     queries, keys = (queries + shift).to(dtype).requires_grad_(), (keys + shift).to(dtype)
     state = draw_state()
-    retrieved = memory_math.retrieve(queries, *state, feature_map)
+    retrieved = retrieve(queries, *state, feature_map)
     retrieved.sum().backward()
     wide = queries.detach().double().requires_grad_()
     expected = naive_retrieve(wide, *state, feature_map)

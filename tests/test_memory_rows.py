@@ -1,12 +1,14 @@
 """Rows that teach a memory: what they hold, what counts, and who reads on where."""
 
+import re
+
 import pytest
 import torch
 from prose import PROSE
 
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.data.needles import WORDS, brief_fact, named_key_fact, named_word_fact, passkey_fact
+from infini_hf.data.needles import WORDS, brief_fact, is_test_key, named_key_fact, named_word_fact, passkey_fact
 
 
 @pytest.fixture(scope="module")
@@ -164,6 +166,22 @@ def test_named_facts_are_words_or_keys_as_told(tokenizer, fraction):
         text = tokenizer.decode(rows[index]["input_ids"])
         assert ("secret word" in text) == (fraction == 1.0)
         assert ("pass key of" in text) == (fraction == 0.0)
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_keys_of_a_row_are_of_two_digits_as_told(tokenizer, fraction):
+    """All keys of such a row together; none of them is one that is kept for tests."""
+    common = {"least_segments": 12, "most_segments": 12, "passkey_fraction": 0.0, "word_fraction": 0.0}
+    rows = MemoryRows([PROSE], tokenizer, 60, 32, MemoryRowStyle(**common, alike_fraction=fraction))
+    alike = 0
+    for index in range(60):
+        keys = re.findall(r"\d{5,}", tokenizer.decode(rows[index]["input_ids"]))
+        assert keys
+        assert not any(key[0] == "0" or is_test_key(key) for key in keys)
+        alike += len(set("".join(keys))) <= 2
+    assert alike == pytest.approx(60 * fraction, abs=15)
+    if fraction in (0.0, 1.0):
+        assert alike == 60 * fraction
 
 
 def test_writes_of_rows_with_named_facts_are_scaled_when_told(tokenizer):

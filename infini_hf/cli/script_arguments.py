@@ -136,7 +136,7 @@ class DocumentArguments:
         if lanes and not self.streaming and len(documents) < lanes:
             raise ValueError(
                 f"train_source={self.train_source!r}: {len(documents)} documents, and carry_memory reads {lanes} at "
-                "once, one in each row of a batch (per_device_train_batch_size × processes): give more documents (of "
+                "once, one in each row of a batch (per_device_train_batch_size × row_groups): give more documents (of "
                 f"a folder: .txt files), or --per_device_train_batch_size {max(1, len(documents))}, or --carry_memory "
                 "false"
             )

@@ -37,7 +37,7 @@ class LaneSampler(torch.utils.data.Sampler):
                 raise ValueError(f"document {document} has the parts {found[:8]}: they must be 0, 1, 2 …, each once")
         if len(rows) < lanes:
             raise ValueError(
-                f"{len(rows)} documents for {lanes} lanes (per_device_train_batch_size × processes): with "
+                f"{len(rows)} documents for {lanes} lanes (per_device_train_batch_size × args.row_groups): with "
                 "carry_memory every row of a batch reads a document of its own; use a smaller batch and more "
                 "gradient_accumulation_steps"
             )
@@ -89,7 +89,7 @@ def lane_stream(dataset, lanes):
 
     Args:
         dataset (`datasets.IterableDataset`): rows with `document` and `part`, document after document.
-        lanes (`int`): `per_device_train_batch_size` × processes.
+        lanes (`int`): `per_device_train_batch_size` × `args.row_groups`.
 
     Returns:
         `datasets.IterableDataset`

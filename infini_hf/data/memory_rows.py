@@ -34,6 +34,9 @@ class MemoryRowStyle:
             first, as if each had been asked alone after a text.
         brief_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named facts whose facts and
             questions are as brief as can be: what is said of a name is told apart by it sooner.
+        alike_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named keys that are all made of
+            the same two digits: what is said of a name can then be told apart by the name alone. Digits that differ
+            find the next one by the last, whoever is asked for.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
         rows_alike (`int`, *optional*, defaults to `16`): so many rows in turn are equally long: a batch of them
             holds no padding.
@@ -58,6 +61,7 @@ class MemoryRowStyle:
     dense: bool = False
     most_gap: int = 0
     brief_fraction: float = 0.0
+    alike_fraction: float = 0.0
     most_digits: int = 7
     rows_alike: int = 16
     answer_weight: float = 2.0
@@ -163,7 +167,10 @@ class MemoryRows(torch.utils.data.Dataset):
         most = max(1, min(style.most_facts, length // room))
         count = most if style.dense else int(rng.integers(1, most + 1))
         kind = "word" if rng.random() < style.word_fraction else "key"
-        facts = facts_of_kind(rng, kind, count, "train", style.most_digits)
+        # Without the option nothing is drawn for it: rows of older recipes stay what they were.
+        alike = style.alike_fraction and kind == "key" and rng.random() < style.alike_fraction
+        kinds = rng.choice(10, 2, replace=False) if alike else None
+        facts = facts_of_kind(rng, kind, count, "train", style.most_digits, kinds)
         return [brief_fact(fact) for fact in facts] if brief else facts
 
     def _encode(self, text):

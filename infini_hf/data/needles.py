@@ -58,11 +58,22 @@ def is_test_key(key):
     return zlib.crc32(key.encode()) % 10 == 0
 
 
-def draw_key(rng, digits=5, split="train"):
-    """A random number of `digits` digits, as text, from the `"train"` or the `"test"` part of the keys."""
+def draw_key(rng, digits=5, split="train", kinds=None):
+    """A random number of `digits` digits, as text, from the `"train"` or the `"test"` part of the keys.
+
+    With `kinds`, at least two digits, it is made of these alone.
+
+    Raises:
+        ValueError: for `kinds` in the test part, which two digits need not reach.
+    """
+    if kinds is not None and split == "test":
+        raise ValueError(f"kinds={list(kinds)} with split='test': few digits make few keys; draw them for training")
     while True:
-        key = str(rng.integers(10 ** (digits - 1), 10**digits))
-        if is_test_key(key) == (split == "test"):
+        if kinds is None:
+            key = str(rng.integers(10 ** (digits - 1), 10**digits))
+        else:
+            key = "".join(map(str, rng.choice(kinds, digits)))
+        if key[0] != "0" and is_test_key(key) == (split == "test"):
             return key
 
 
@@ -142,11 +153,14 @@ def draw_facts(rng, count, split="train", most_digits=7):
     return facts_of_kind(rng, kind, count, split, most_digits)
 
 
-def facts_of_kind(rng, kind, count, split, most_digits):
-    """`count` facts of the kind `"passkey"`, `"key"` or `"word"`; the latter two of distinct names."""
+def facts_of_kind(rng, kind, count, split, most_digits, kinds=None):
+    """`count` facts of the kind `"passkey"`, `"key"` or `"word"`; the latter two of distinct names.
+
+    With `kinds` the keys are made of these digits alone.
+    """
 
     def key():
-        return draw_key(rng, int(rng.integers(5, most_digits + 1)), split)
+        return draw_key(rng, int(rng.integers(5, most_digits + 1)), split, kinds)
 
     if kind == "passkey":
         return [passkey_fact(key()) for _ in range(count)]
