@@ -2,13 +2,13 @@
 
 What a query weighs token t of the memory with is its share of the denominator of Eq. 3, and the shares sum to one:
 
-    share_t = σ(q) σ(k_t) / (σ(q) z)        loss = -log share of the source
+    share_t = σ(q) σ(k_t) / (σ(q) z)
 
 The language-model loss has to find out by itself which heads are to tell facts apart, and is content with a few.
-This loss reaches the keys and queries of every head of the layers that it is asked for. It needs the source of each
-answer, which rows that were made for it know; reading needs nothing. Its idea is that of the supporting facts of
-memory networks (Weston et al., arXiv 1410.3916). Of a fact that says its answer twice, the first mention is the
-source.
+This loss reaches the keys and queries of every head of the layers that it is asked for: each by itself, or as they
+vote together ([`infini_hf.retrieval_losses`]). It needs the source of each answer, which rows that were made for it
+know; reading needs nothing. Its idea is that of the supporting facts of memory networks (Weston et al., arXiv
+1410.3916). Of a fact that says its answer twice, the first mention is the source.
 """
 
 import logging
@@ -17,14 +17,12 @@ from contextlib import contextmanager
 import torch
 
 from . import memory as memory_math
+from . import retrieval_losses as losses
 from .attention import InfiniAttention
 from .cache import infini_config_of
 from .projections import watched
 
 logger = logging.getLogger(__name__)
-
-# -log of a share that has vanished stays finite.
-SMALLEST_SHARE = 1e-12
 
 
 class RetrievalSupervision:
@@ -35,10 +33,15 @@ class RetrievalSupervision:
         layers (`list[int]`, *optional*): indices of the patched layers that are told; all of them by default.
         negatives (`float`, *optional*, defaults to `0.0`): how much of the other rows' memories a share has to stand
             up to beside its own row's, as if these had been read too. Rows whose writes are scaled are left out.
+        loss (`str`, *optional*, defaults to `"share"`): `"share"`, -log share in every head by itself, or `"votes"`,
+            the cross-entropy of the heads' shares taken together, and a little of the former.
+        contrast (`float`, *optional*, defaults to `0.0`): what it counts beside that, that softmax attention with the
+            memory's queries and keys would find the source.
     """
 
-    def __init__(self, weight, layers=None, negatives=0.0):
+    def __init__(self, weight, layers=None, negatives=0.0, loss="share", contrast=0.0):
         self.weight, self.layers, self.negatives = weight, layers, negatives
+        self.loss, self.contrast = loss, contrast
         self.warned = False
         self.restart()
 
@@ -85,7 +88,7 @@ class RetrievalSupervision:
             return
         layers = self.layers_of(model)
         told = told_tokens(sources, attention_mask, seen, config.segment_length)
-        reading = Reading(config, told, len(layers), write_scale, self.negatives, watch)
+        reading = Reading(config, told, len(layers), write_scale, self, watch)
         with watched(layers, reading.note):
             yield reading
         self.shares += reading.shares.cpu()
@@ -160,8 +163,8 @@ class Reading:
         shares (`torch.Tensor`): `(2,)`, the sum of the shares and the number of the told tokens.
     """
 
-    def __init__(self, config, told=None, layers=0, write_scale=None, negatives=0.0, watch=None):
-        self.config, self.layers, self.negatives, self.watch = config, layers, negatives, watch
+    def __init__(self, config, told=None, layers=0, write_scale=None, settings=None, watch=None):
+        self.config, self.layers, self.settings, self.watch = config, layers, settings, watch
         # No segment has begun: ranks may read filling first.
         self.keys, self.norms, self.index = {}, {}, None
         self.loss, self.shares, self.times = 0.0, torch.zeros(2), None
@@ -169,6 +172,8 @@ class Reading:
             return
         self.rows, self.asked, self.stated, self.segment, self.valid = told
         self.shares = self.shares.to(self.rows.device)
+        # Every place once, however many tokens repeat it.
+        self.places, self.target = torch.stack([self.rows, self.stated]).unique(dim=1, return_inverse=True)
         if write_scale is not None:
             write_scale = write_scale.to(self.rows.device)
             self.times = write_scale.gather(1, self.segment.clamp_max(write_scale.shape[1] - 1))
@@ -200,10 +205,10 @@ class Reading:
         rows, asked, stated = (part[here].to(device) for part in (self.rows, self.asked, self.stated))
         gate, kind, norms = layer.memory_gate, self.config.feature_map, self.norms[layer.layer_idx]
         # (n, num_heads, head_dim) and (n, num_kv_heads, head_dim), the queries as rows of one token.
-        query = queries[rows, :, asked - self.index * length].unsqueeze(2)
-        query = memory_math.map_queries(gate.center_queries(query), kind).squeeze(2)
-        mapped = gate.center_keys(torch.cat(held, dim=2)).float()
-        mapped = BoundedKeys.apply(mapped) if kind == "exp" else memory_math.map_keys(mapped, kind)
+        raw = gate.center_queries(queries[rows, :, asked - self.index * length].unsqueeze(2)).float()
+        query = memory_math.map_queries(raw, kind).squeeze(2)
+        raw_keys = gate.center_keys(torch.cat(held, dim=2)).float()
+        mapped = BoundedKeys.apply(raw_keys) if kind == "exp" else memory_math.map_keys(raw_keys, kind)
         if self.times is not None:
             mapped = mapped * self.times[:, None, : mapped.shape[2], None].to(device)
         source, written = mapped[rows, :, stated], self.written(mapped)
@@ -211,13 +216,36 @@ class Reading:
         norms = norms.detach() + written - written.detach()
         groups = query.shape[1] // source.shape[1]
         parts = (part.repeat_interleave(groups, dim=1) for part in (source, norms[rows], self.others(norms)[rows]))
-        own, total, more = ((query * part).sum(-1) for part in parts)
-        shares = own / (total + more).clamp_min(memory_math.SMALLEST_NORM)
+        own, total, others = ((query * part).sum(-1) for part in parts)
+        whole = (total + others).clamp_min(memory_math.SMALLEST_NORM)
         # What the row's own memory returns, whatever the sources had to stand up to.
         told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
-        loss = -shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum() / self.layers
-        self.loss = self.loss + loss.to(self.rows.device)
+        loss = losses.share_loss(own / whole)
+        if self.settings.loss == "votes" or self.settings.contrast:
+            place_rows, columns, open, target = self.candidates(here, mapped.shape[2], device)
+            keys = mapped[place_rows, :, columns]
+            if self.settings.loss == "votes":
+                votes = losses.votes_of(query, keys, whole, open)
+                loss = losses.vote_loss(votes, target) + losses.SHARE_PART * loss
+            if self.settings.contrast:
+                contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], open, target)
+                loss = loss + self.settings.contrast * contrast
+        self.loss = self.loss + loss.to(self.rows.device) / self.layers
         self.shares += torch.stack([told, told.new_tensor(len(here))]).to(self.rows.device) / self.layers
+
+    def candidates(self, here, read, device):
+        """The places that the told tokens `here` could be read from.
+
+        Returns:
+            `tuple`: rows and columns of the places, `(m,)`; which are open to each told token, `(n, m)` bool; and the
+            one that is its source, `(n,)`.
+        """
+        rows, columns = self.places
+        now, then = self.segment[self.rows[here], self.asked[here]], self.segment[rows, columns]
+        open = (self.rows[here, None] == rows) & (then < now[:, None])
+        # What has not been read yet is open to none; some other column stands for it.
+        parts = rows, columns.clamp_max(read - 1), open, self.target[here]
+        return tuple(part.to(device) for part in parts)
 
     def written(self, mapped):
         """The part of z that the rows have written themselves, from mapped keys `(batch, heads, read, head_dim)`."""
@@ -227,7 +255,7 @@ class Reading:
 
     def others(self, norms):
         """What z of the other rows is taken to add to that of each row, `(batch, num_kv_heads, head_dim)`."""
-        if not self.negatives:
+        if not self.settings.negatives:
             return torch.zeros_like(norms)
         norms = norms if self.times is None else norms * self.unscaled[:, None, None].to(norms.device)
-        return self.negatives * (norms.sum(0) - norms)
+        return self.settings.negatives * (norms.sum(0) - norms)

@@ -112,7 +112,13 @@ class InfiniTrainer(ResumableTrainer):
             args.memory_dilution_ramp,
             args.memory_dilution_threshold,
         )
-        self.supervision = RetrievalSupervision(args.retrieval_weight, args.retrieval_layers, args.retrieval_negatives)
+        self.supervision = RetrievalSupervision(
+            args.retrieval_weight,
+            args.retrieval_layers,
+            args.retrieval_negatives,
+            args.retrieval_loss,
+            args.retrieval_contrast,
+        )
         self.lanes = Lanes(config)
         self.lane_sampler = self.resumed = self.scored = None
         # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .dilution import RAMPS
+from .retrieval_losses import LOSSES
 
 
 @dataclass
@@ -55,6 +56,12 @@ class InfiniTrainingArguments(TrainingArguments):
             Indices of the layers that are told; all by default.
         retrieval_negatives (`float`, *optional*, defaults to `0.0`):
             How much of the memories of the other rows of the batch the sources have to stand up to as well.
+        retrieval_loss (`str`, *optional*, defaults to `"share"`):
+            `"share"`: every head of the layers that are told has to find the source by itself. `"votes"`: their shares
+            taken together have to, which leaves each head names that it takes for one another.
+        retrieval_contrast (`float`, *optional*, defaults to `0.0`):
+            What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
+            source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
 
@@ -115,6 +122,15 @@ class InfiniTrainingArguments(TrainingArguments):
     retrieval_negatives: float = field(
         default=0.0, metadata={"help": "How much of the other rows' memories the sources have to stand up to."}
     )
+    retrieval_loss: str = field(
+        default="share", metadata={"help": "share (every head by itself has to find the source), or votes (together)."}
+    )
+    retrieval_contrast: float = field(
+        default=0.0,
+        metadata={
+            "help": "What it counts that softmax attention with the memory's queries and keys finds the source."
+        },
+    )
     plot_memory_gates: bool = field(
         default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
     )
@@ -145,7 +161,9 @@ class InfiniTrainingArguments(TrainingArguments):
         if self.memory_dilution_ramp not in RAMPS:
             ramps = ", ".join(map(repr, RAMPS))
             raise ValueError(f"memory_dilution_ramp={self.memory_dilution_ramp!r}: must be one of {ramps}")
-        for name in ("retrieval_weight", "retrieval_negatives"):
+        if self.retrieval_loss not in LOSSES:
+            raise ValueError(f"retrieval_loss={self.retrieval_loss!r}: must be one of {', '.join(map(repr, LOSSES))}")
+        for name in ("retrieval_weight", "retrieval_negatives", "retrieval_contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, which is off")
         if self.retrieval_weight and self.recompute_segments:

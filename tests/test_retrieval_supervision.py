@@ -25,9 +25,11 @@ def some_sources(batch, length, seed=0):
     return torch.where(torch.rand(batch, length, generator=generator) < 1 / 3, earlier, -1)
 
 
-def supervised(model, ids, sources, mask=None, layers=None, negatives=0.0, cache=None, **options):
+def supervised(
+    model, ids, sources, mask=None, layers=None, negatives=0.0, cache=None, losses=("share", 0.0), **options
+):
     """The loss of a batch read segment after segment, and the reading."""
-    supervision = RetrievalSupervision(1.0, layers, negatives)
+    supervision = RetrievalSupervision(1.0, layers, negatives, *losses)
     cache = InfiniCache(model.config) if cache is None else cache
     scale = options.get("write_scale")
     with supervision.reading(model, sources, mask, cache.seen, scale) as told:
@@ -87,6 +89,28 @@ def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=Non
     return torch.stack(losses).sum() / count, torch.stack(shares).sum().item() / count, len(losses) / count
 
 
+def oracle_of_votes(model, ids, sources, contrast):
+    """The vote, 0.3 of -log share, and the contrast, of the told tokens one by one; rows without padding."""
+    kind, losses = model.config.infini_attention["feature_map"], []
+    segments = torch.arange(ids.shape[1]) // L
+    told = [(row, column - 1, int(sources[row, column])) for row, column in (sources >= 0).nonzero().tolist()]
+    told = [(row, asked, source) for row, asked, source in told if asked >= 0 and segments[source] < segments[asked]]
+    for queries, keys in projections(model, ids).values():
+        keys = keys.repeat_interleave(queries.shape[1] // keys.shape[1], dim=1)
+        for row, asked, source in told:
+            places = sorted({place for other, _, place in told if other == row and segments[place] < segments[asked]})
+            query, key = queries[row, :, asked].float(), keys[row].float()
+            weights = (memory_math.map_queries(query, kind)[:, None] * memory_math.map_keys(key, kind)).sum(-1)
+            shares = weights / weights[:, segments < segments[asked]].sum(1, keepdim=True)
+            votes = torch.stack([3.0 * shares[:, place].sum() for place in places])
+            losses.append(votes.logsumexp(0) - votes[places.index(source)] - 0.3 * shares[:, source].log().mean())
+            for head in range(len(query)):
+                scores = torch.stack([query[head] @ key[head, place] / query.shape[-1] ** 0.5 for place in places])
+                missed = scores.logsumexp(0) - scores[places.index(source)]
+                losses.append(contrast * missed / len(query))
+    return torch.stack(losses).sum() / model.config.num_hidden_layers
+
+
 def shifted(model):
     """Give the gates shifts, as calibration does."""
     generator = torch.Generator().manual_seed(4)
@@ -135,6 +159,27 @@ def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, la
         torch.testing.assert_close(
             ours[name], gradient, rtol=1e-3, atol=1e-4 * max(1e-3, gradient.abs().max().item()), msg=name
         )
+
+
+@pytest.mark.parametrize("contrast", [0.0, 0.7])
+@pytest.mark.parametrize("kind", ["elu", "exp"])
+def test_votes_and_contrast_are_those_of_the_tokens_one_by_one(kind, contrast):
+    """Also where several tokens repeat one source."""
+    model = shifted(build_patched("llama", segment_length=L, overlap=3, feature_map=kind)).train()
+    ids, sources = random_ids(3, 5 * L + 3), some_sources(3, 5 * L + 3)
+    sources[0, 30:34], sources[1] = 4, -1
+    told = supervised(model, ids, sources, losses=("votes", contrast))
+    expected = oracle_of_votes(model, ids, sources, contrast)
+    torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
+    told.loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected.backward()
+    assert ours["model.layers.1.self_attn.k_proj.weight"].abs().max() > 1e-3
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            largest = max(1e-3, parameter.grad.abs().max().item())
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
 
 
 def test_a_source_counts_as_often_as_it_was_written_and_scaled_rows_are_no_negatives():

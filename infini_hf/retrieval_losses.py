@@ -1,0 +1,57 @@
+"""What it costs, in one layer, that the memory returns told tokens from elsewhere than their sources.
+
+Every loss is a sum over the told tokens. Queries are `(n, num_heads, head_dim)`, one for each of them, and keys
+`(m, num_kv_heads, head_dim)`, one for each of the places that sources are told of; `open` `(n, m)` says which of them
+a told token could be read from (those that its row's memory holds), `target` `(n,)` which it should be.
+"""
+
+import torch
+from torch.nn import functional as F
+
+LOSSES = ("share", "votes")
+# -log of a share that has vanished stays finite.
+SMALLEST_SHARE = 1e-12
+# By which the votes of a layer's heads, of which each has one to give, are scaled before they are compared.
+VOTE_SCALE = 3.0
+# What -log share counts beside the vote: the vote alone says nothing of the filler, which is no candidate.
+SHARE_PART = 0.3
+
+
+def share_loss(shares):
+    """-log of the share of the source, `(n, num_heads)`, the mean over the heads."""
+    return -shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum()
+
+
+def votes_of(mapped_queries, mapped_keys, total, open):
+    """What the heads together return of each place, `(n, m)` float32: the sum of its shares, -inf where not open.
+
+    Args:
+        mapped_queries, mapped_keys (`torch.Tensor`): after the feature map.
+        total (`torch.Tensor`): `(n, num_heads)` float32, the denominators of the shares.
+        open (`torch.Tensor`): `(n, m)` bool.
+    """
+    weights = pair_up(mapped_queries / total.unsqueeze(-1), mapped_keys)
+    return weights.sum(1).masked_fill(~open, float("-inf"))
+
+
+def vote_loss(votes, target):
+    """The cross-entropy of the votes: a head may err where the others do not."""
+    return F.cross_entropy(VOTE_SCALE * votes, target, reduction="sum")
+
+
+def contrast_loss(queries, keys, open, target):
+    """The cross-entropy of `q k / sqrt(head_dim)`, as softmax attention would weigh the places; the mean over heads.
+
+    The shares of "exp" reach a query and a key in the few channels in which both are large, and those of keys at its
+    bound in none; this reaches all of them, and the layers below.
+    """
+    scores = pair_up(queries, keys) / queries.shape[-1] ** 0.5
+    scores = scores.masked_fill(~open[:, None], float("-inf")).transpose(1, 2)
+    return F.cross_entropy(scores, target[:, None].expand(-1, scores.shape[-1]), reduction="sum") / scores.shape[-1]
+
+
+def pair_up(queries, keys):
+    """The products of all queries with the keys that their heads share, `(n, num_heads, m)`."""
+    groups = queries.shape[1] // keys.shape[1]
+    queries = queries.unflatten(1, (-1, groups))
+    return torch.einsum("nkgd,mkd->nkgm", queries, keys).flatten(1, 2)
