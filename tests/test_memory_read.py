@@ -1,5 +1,8 @@
 """Retrieval and gate in one step against the two steps, whose gradients autograd finds."""
 
+import importlib.util
+from pathlib import Path
+
 import pytest
 import torch
 from models import relative_error
@@ -103,3 +106,25 @@ def test_the_slope_of_elu_at_zero_and_far_from_it(graph):
     (slope,) = torch.autograd.grad(mapped, states, torch.full_like(states, 3.0), create_graph=graph)
     expected = 3.0 * torch.where(states >= 0, 1.0, states.exp())
     torch.testing.assert_close(slope, expected, rtol=1e-6, atol=0.0)
+
+
+def test_the_benchmark_measures_what_gives_the_same_gradients(tmp_path, monkeypatch, capsys):
+    """Without a compiler: that it is left out is said."""
+    path = Path(__file__).parent.parent / "scripts" / "benchmark_memory_read.py"
+    spec = importlib.util.spec_from_file_location("benchmark_memory_read", path)
+    benchmark = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(benchmark)
+
+    def no_compiler(function):
+        def fail():
+            raise RuntimeError("no compiler here")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", no_compiler)
+    sizes = "--segment 16 --heads 4 --kv_heads 2 --head_dim 8 --repeats 2".split()
+    benchmark.main([*sizes, "--output", str(tmp_path / "table.md")])
+    assert "compiled left out: no compiler here" in capsys.readouterr().out
+    rows = [line.split("|") for line in (tmp_path / "table.md").read_text().splitlines() if "one step" in line]
+    assert [row[1].strip() for row in rows] == ["elu", "exp"]
+    assert all(0 < float(row[6]) < 1e-5 for row in rows)
