@@ -1,7 +1,7 @@
 """What it costs, in one layer, that the memory returns told tokens from elsewhere than their sources.
 
 Every loss is a sum over the told tokens. Queries are `(n, num_heads, head_dim)`, one for each of them, and keys
-`(m, num_kv_heads, head_dim)`, one for each of the places that sources are told of; `open` `(n, m)` says which of them
+`(m, num_kv_heads, head_dim)`, one for each of the places that sources are told of; `held` `(n, m)` says which of them
 a told token could be read from (those that its row's memory holds), `target` `(n,)` which it should be.
 """
 
@@ -22,16 +22,16 @@ def share_loss(shares):
     return -shares.clamp_min(SMALLEST_SHARE).log().mean(-1).sum()
 
 
-def votes_of(mapped_queries, mapped_keys, total, open):
-    """What the heads together return of each place, `(n, m)` float32: the sum of its shares, -inf where not open.
+def votes_of(mapped_queries, mapped_keys, total, held):
+    """What the heads together return of each place, `(n, m)` float32: the sum of its shares, -inf where not held.
 
     Args:
         mapped_queries, mapped_keys (`torch.Tensor`): after the feature map.
         total (`torch.Tensor`): `(n, num_heads)` float32, the denominators of the shares.
-        open (`torch.Tensor`): `(n, m)` bool.
+        held (`torch.Tensor`): `(n, m)` bool.
     """
     weights = pair_up(mapped_queries / total.unsqueeze(-1), mapped_keys)
-    return weights.sum(1).masked_fill(~open, float("-inf"))
+    return weights.sum(1).masked_fill(~held, float("-inf"))
 
 
 def vote_loss(votes, target):
@@ -39,14 +39,14 @@ def vote_loss(votes, target):
     return F.cross_entropy(VOTE_SCALE * votes, target, reduction="sum")
 
 
-def contrast_loss(queries, keys, open, target):
+def contrast_loss(queries, keys, held, target):
     """The cross-entropy of `q k / sqrt(head_dim)`, as softmax attention would weigh the places; the mean over heads.
 
     The shares of "exp" reach a query and a key in the few channels in which both are large, and those of keys at its
     bound in none; this reaches all of them, and the layers below.
     """
     scores = pair_up(queries, keys) / queries.shape[-1] ** 0.5
-    scores = scores.masked_fill(~open[:, None], float("-inf")).transpose(1, 2)
+    scores = scores.masked_fill(~held[:, None], float("-inf")).transpose(1, 2)
     return F.cross_entropy(scores, target[:, None].expand(-1, scores.shape[-1]), reduction="sum") / scores.shape[-1]
 
 

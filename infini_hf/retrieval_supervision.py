@@ -222,13 +222,13 @@ class Reading:
         told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
         loss = losses.share_loss(own / whole)
         if self.settings.loss == "votes" or self.settings.contrast:
-            place_rows, columns, open, target = self.candidates(here, mapped.shape[2], device)
+            place_rows, columns, within, target = self.candidates(here, mapped.shape[2], device)
             keys = mapped[place_rows, :, columns]
             if self.settings.loss == "votes":
-                votes = losses.votes_of(query, keys, whole, open)
+                votes = losses.votes_of(query, keys, whole, within)
                 loss = losses.vote_loss(votes, target) + losses.SHARE_PART * loss
             if self.settings.contrast:
-                contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], open, target)
+                contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], within, target)
                 loss = loss + self.settings.contrast * contrast
         self.loss = self.loss + loss.to(self.rows.device) / self.layers
         self.shares += torch.stack([told, told.new_tensor(len(here))]).to(self.rows.device) / self.layers
@@ -237,14 +237,14 @@ class Reading:
         """The places that the told tokens `here` could be read from.
 
         Returns:
-            `tuple`: rows and columns of the places, `(m,)`; which are open to each told token, `(n, m)` bool; and the
-            one that is its source, `(n,)`.
+            `tuple`: rows and columns of the places, `(m,)`; which of them the memory of each told token's row holds,
+            `(n, m)` bool; and the one that is its source, `(n,)`.
         """
         rows, columns = self.places
         now, then = self.segment[self.rows[here], self.asked[here]], self.segment[rows, columns]
-        open = (self.rows[here, None] == rows) & (then < now[:, None])
-        # What has not been read yet is open to none; some other column stands for it.
-        parts = rows, columns.clamp_max(read - 1), open, self.target[here]
+        within = (self.rows[here, None] == rows) & (then < now[:, None])
+        # What has not been read yet is held by none; some other column stands for it.
+        parts = rows, columns.clamp_max(read - 1), within, self.target[here]
         return tuple(part.to(device) for part in parts)
 
     def written(self, mapped):
