@@ -4,7 +4,7 @@
 
 Retrieval, gate and linear write of one segment in one layer, forward and backward, on random tensors, with softmax
 attention over the same segment for scale. Times are medians of interleaved repeats in one process. Compiling needs a
-C++ compiler on a CPU, takes half a minute, and is left out where it fails.
+C++ compiler on a CPU and time for each shape, and is left out where it fails.
 """
 
 import argparse
@@ -114,10 +114,11 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     shape = f"{args.heads} query and {args.kv_heads} KV heads of {args.head_dim}"
     machine = f"{args.device}, {torch.get_num_threads()} thread(s), {platform.machine()}, torch {torch.__version__}"
+    command = "python scripts/benchmark_memory_read.py" + (f" --threads {args.threads}" if args.threads else "")
     lines = [
         "# The memory's part of a training step",
         "",
-        f"`python scripts/benchmark_memory_read.py`: retrieval, gate and linear write of {args.segment:,} tokens in "
+        f"`{command}`: retrieval, gate and linear write of {args.segment:,} tokens in "
         f"one layer, {shape}, forward and backward, float32, {machine}: medians of {args.repeats} turns. The error is "
         "the largest difference of a gradient over its largest value.",
         "",

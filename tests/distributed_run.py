@@ -17,6 +17,7 @@ from infini_hf import InfiniCache, InfiniTrainer, InfiniTrainingArguments
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.lane_order import lane_stream
 from infini_hf.evaluation.controls import closed_memory
+from infini_hf.lora import add_lora
 from infini_hf.segment_step import StepOptions, cut_segments, segment_major_loss, shift_labels
 
 SEGMENT = 8
@@ -26,6 +27,9 @@ GLOBAL_BATCH = 4
 
 class Tokenizer:
     pad_token_id, eos_token_id = 0, 2
+
+    def save_pretrained(self, folder):
+        """Nothing: ids are all there is of it."""
 
 
 def rows():
@@ -45,8 +49,8 @@ def weighted_rows():
     for index, row in enumerate(data):
         drawn = torch.rand(len(row["input_ids"]), generator=torch.Generator().manual_seed(index))
         row["loss_weights"] = (1.0 + 2.0 * (drawn > 0.7)).tolist()
-    # A row of one target, of which two processes have half a one each.
-    for row in data[:2]:
+    # A row of one target in each document, of which two processes have half a one each.
+    for row in data[1::3]:
         row["labels"] = [-100] * 17 + row["labels"][17:18] + [-100] * (len(row["labels"]) - 18)
     return Dataset.from_list(data[1::2] + data[::2])
 
@@ -67,6 +71,8 @@ def run_trainer(folder, kind, carry):
     size = world // batch if kind.startswith("shared") and world > 1 else 1
     # Before the arguments: after them, under ZeRO-3, transformers would build it in parts that a seed does not fill.
     model = model_of_the_run()
+    if kind == "shared2":
+        model = add_lora(model, r=4, target_modules="all-linear")
     args = InfiniTrainingArguments(
         str(folder),
         per_device_train_batch_size=batch * size // world,
@@ -75,9 +81,11 @@ def run_trainer(folder, kind, carry):
         # Tokens of this process alone, and a state that is cut.
         bptt_segments=4 if kind == "shared1" else None,
         average_tokens_across_devices=kind != "shared1",
+        gradient_accumulation_steps=2 if kind == "shared2" else 1,
         max_steps=STEPS,
         logging_steps=1,
-        save_strategy="no",
+        save_strategy="steps" if kind == "shared1" else "no",
+        save_steps=STEPS // 2,
         eval_strategy="steps",
         eval_steps=STEPS,
         carry_memory=carry,
@@ -96,16 +104,26 @@ def run_trainer(folder, kind, carry):
         # Without lanes by length, so that batches of the two ranks differ in width.
         stream = Dataset.from_list(list(data) if carry else by_length(data)).to_iterable_dataset()
         train = lane_stream(stream, GLOBAL_BATCH) if carry else stream
-    trainer = InfiniTrainer(
-        model=model,
-        args=args,
-        train_dataset=train,
-        eval_dataset=data.select(range(10)),
-        data_collator=InfiniCollator(Tokenizer()),
-    )
+
+    def make(model):
+        return InfiniTrainer(
+            model=model,
+            args=args,
+            train_dataset=train,
+            eval_dataset=data.select(range(10)),
+            data_collator=InfiniCollator(Tokenizer()),
+        )
+
+    trainer = make(model)
     trainer.train()
     log = trainer.state.log_history
+    resumed = None
+    if kind == "shared1":
+        again = make(model_of_the_run())
+        again.train(resume_from_checkpoint=f"{folder}/checkpoint-{STEPS // 2}")
+        resumed = [entry["loss"] for entry in again.state.log_history if "loss" in entry]
     return {
+        "resumed": resumed,
         "wrapper": type(trainer.model_wrapped).__name__,
         "losses": [entry["loss"] for entry in log if "loss" in entry],
         "eval": next(entry["eval_loss"] for entry in log if "eval_loss" in entry),

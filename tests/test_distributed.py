@@ -54,16 +54,20 @@ def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory, kind):
 
 @pytest.mark.parametrize(("launcher", "kind", "memory"), [(FOUR, "shared2", "fresh"), (TORCHRUN, "shared1", "carry")])
 def test_processes_that_share_rows_learn_what_one_learns(tmp_path, launcher, kind, memory):
-    """Two pairs with a row each, of unequal length; and a pair that carries the memory from row to row."""
+    """Two pairs with a row each, of unequal length, an adapter and accumulated gradients; and a pair that carries the
+    memory from row to row, also on from a checkpoint."""
     alone = run([], kind, tmp_path / "one", memory)
     shared = run([*launcher, "--master_port", port()], kind, tmp_path / "shared", memory)
-    assert (alone["wrapper"], shared["wrapper"]) == ("LlamaForCausalLM", "DistributedDataParallel")
+    wrapper = "PeftModelForCausalLM" if kind == "shared2" else "LlamaForCausalLM"
+    assert (alone["wrapper"], shared["wrapper"]) == (wrapper, "DistributedDataParallel")
     assert len(alone["losses"]) == 4
     for name in ("losses", "eval", "closed"):
         assert shared[name] == pytest.approx(alone[name], abs=1e-4), name
     assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-4)
     assert shared["gates"] == pytest.approx(alone["gates"], abs=1e-5)
     assert shared["tokens"] == alone["tokens"]
+    if kind == "shared1":
+        assert shared["resumed"] == pytest.approx(alone["losses"], abs=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["zero2", "zero3"])

@@ -19,13 +19,13 @@ RANKS = 2
 
 
 class Group:
-    """A group of ranks of which one is here; the others say what they are told to."""
+    """A group of ranks of which one is here; the others say what it says."""
 
-    def __init__(self, rank, others=None):
-        self.rank, self.size, self.others = rank, RANKS, others
+    def __init__(self, rank):
+        self.rank, self.size = rank, RANKS
 
     def gather(self, numbers, device):
-        return [numbers, numbers if self.others is None else self.others]
+        return [numbers] * RANKS
 
 
 @pytest.fixture
