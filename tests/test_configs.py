@@ -122,6 +122,7 @@ def argument_classes(name):
             InfiniTrainingArguments,
         ),
         "finetune_memory": lambda: (ModelArguments, script(name).RowArguments, InfiniTrainingArguments),
+        "fit_projections": lambda: (ModelArguments, script(name).FitArguments, script(name).FitSettings),
         "pretrain_base": lambda: (script(name).BaseArguments, TrainingArguments),
         "summarize": lambda: (ModelArguments, script(name).SummaryArguments),
         "evaluate": lambda: (script(name).OptionalModel, script(name).EvaluationArguments),
@@ -241,7 +242,9 @@ def test_a_batch_is_as_large_as_the_paper_says(path):
     assert values["learning_rate"] == 1e-4
 
 
-@pytest.mark.parametrize("name", ["pretrain", "finetune_booksum", "finetune_memory", "summarize", "evaluate"])
+@pytest.mark.parametrize(
+    "name", ["pretrain", "finetune_booksum", "finetune_memory", "fit_projections", "summarize", "evaluate"]
+)
 def test_unknown_options_are_refused(name, tmp_path):
     kinds, file = argument_classes(name), tmp_path / "wrong.yaml"
     file.write_text("model: tiny-llama\nsegment_lenght: 128\n", encoding="utf-8")

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from infini_hf import AutoInfiniModelForCausalLM
 from infini_hf.assets import resolve
+from infini_hf.calibration import add_memory_projections
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
 
 ROOT = Path(__file__).parent.parent
@@ -48,6 +50,25 @@ def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, tmp_path):
         assert torch.equal(before[name], after[name])
     gates = [name for name in before if name.endswith("memory_gate.bias")]
     assert any(not torch.equal(before[name], after[name]) for name in gates)
+
+
+def test_projections_are_fitted_stored_and_reported(novels, tmp_path, capsys):
+    model = add_memory_projections(
+        AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama-infini"), dtype="float32")
+    )
+    model.save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(resolve("tiny-llama-infini")).save_pretrained(tmp_path / "model")
+    options = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "fitted")]
+    small = ["--rows", "17", "--steps", "4", "--batch_size", "2", "--start_steps", "2", "--most_segments", "4"]
+    config = ROOT / "configs" / "pretrain" / "tiny_llama_told_3_fit.yaml"
+    more = ["--least_segments", "3", "--train_folder", str(novels)]
+    report = script("fit_projections").main(["--config", str(config), *options, *small, *more])
+    told = f"| together | {report['before']['votes']:.3f} | {report['after']['votes']:.3f} |"
+    assert told in capsys.readouterr().out
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "fitted"))
+    moved = {name for name in before if not torch.equal(before[name], after[name])}
+    parts = ("query_projection", "key_projection")
+    assert moved == {f"model.layers.{i}.self_attn.memory_gate.{part}.weight" for i in (2, 3) for part in parts}
 
 
 def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path):

@@ -1,0 +1,156 @@
+"""Fitting the memory's own projections to a model as it is, by which of the tokens it has read its heads vote for.
+
+Training changes projections and weights together, and can leave a layer's projections where they tell tokens apart by
+their place and by nothing else: no small step leads away from there. With the weights at rest, what a layer asks and
+writes of a few hundred rows is known once and for all, and its projections alone are fitted in minutes. What then
+reads the memory has still to learn what it holds: train on.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from . import retrieval_losses as losses
+from .attention import InfiniAttention
+from .cache import infini_config_of
+from .layer_fit import LayerFit, drawn
+from .streaming import require_patched
+from .told_rows import read_told_rows, tracked
+
+# Of so many rows one is kept out, to see what the fit is worth.
+KEPT_OUT = 16
+NO_PROJECTIONS = "the memory has no projections of its own: call infini_hf.calibration.add_memory_projections first"
+
+
+@dataclass(frozen=True)
+class FitSettings:
+    """How projections are fitted.
+
+    Args:
+        steps (`int`, *optional*, defaults to `1000`): steps of Adam, at least 4, each on `batch_size` rows.
+        learning_rate (`float`, *optional*, defaults to `1e-2`): the largest of them.
+        batch_size (`int`, *optional*, defaults to `8`): rows in a step.
+        filler (`float`, *optional*, defaults to `10.0`): as how many tokens each token counts that no row is asked
+            for: what is fitted on short rows is to be used on long ones.
+        start_steps (`int`, *optional*, defaults to `200`): steps that a fresh start takes.
+        seed (`int`, *optional*, defaults to `0`): the seed of every draw.
+    """
+
+    steps: int = 1000
+    learning_rate: float = 1e-2
+    batch_size: int = 8
+    filler: float = 10.0
+    start_steps: int = 200
+    seed: int = 0
+
+    def __post_init__(self):
+        for name, least in (("steps", 4), ("batch_size", 1), ("start_steps", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        for name in ("learning_rate", "filler"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
+
+
+def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettings(), progress=True):
+    """Fit the memory's projections of some layers to where the answers of rows were stated, in place; weights rest.
+
+    Every head of a layer has one vote, which its share σ(q) σ(k_t) / (σ(q) z) divides among the tokens that the memory
+    holds; the loss is the cross-entropy of their sum. Only for `feature_map="exp"` and the linear rule.
+
+    Args:
+        model (`PreTrainedModel`): a patched model with projections.
+        rows (iterable of `dict`): `input_ids` and `sources`, `(seq_len,)` int64 without padding, as
+            [`infini_hf.data.memory_rows.MemoryRows`] has them; a few hundred.
+        layers (`list[int]`, *optional*): indices of the layers to fit; by default all that are patched.
+        anew (`list[int]`, *optional*): those of them whose projections begin anew, as maps with which softmax
+            attention would find the sources, turned at random.
+        settings ([`FitSettings`], *optional*): how.
+        progress (`bool`, *optional*, defaults to `True`): show progress bars over what takes more than two seconds.
+
+    Returns:
+        `dict`: of the rows kept out, `told` (how many tokens they ask for), and of `before` and `after` each a dict of
+        `votes` (share of the tokens that the layers' summed votes find) and by layer `votes` and `share`.
+
+    Raises:
+        ValueError: when the model is not patched, has no projections or another feature map or rule, `layers` or
+            `anew` name none of its layers, or too few rows hold answers whose source is in the memory.
+    """
+    inner = require_patched(model)
+    chosen = layers_to_fit(inner, layers, anew)
+    told = read_told_rows(inner, chosen, rows, progress)
+    kept, fitted = told[::KEPT_OUT], [row for index, row in enumerate(told) if index % KEPT_OUT]
+    if not fitted:
+        raise ValueError(
+            f"{len(told)} of the rows hold an answer whose source lies segments before it: give some hundreds of them"
+        )
+    generator = torch.Generator().manual_seed(settings.seed)
+    fits = [LayerFit(layer, fitted) for layer in chosen]
+    asked = torch.cat([row.ids[row.target] for row in told]).unique()
+    weights = {id(row): torch.where(torch.isin(row.ids, asked), 1.0, settings.filler) for row in told}
+    before = measure(fits, kept)
+    with torch.enable_grad():
+        for fit in fits:
+            if fit.index in anew:
+                fit.start_anew(fitted, settings.start_steps, generator)
+        optimize(fits, fitted, weights, settings, generator, progress)
+    after = measure(fits, kept)
+    for fit in fits:
+        fit.store()
+    return {"told": sum(len(row.target) for row in kept), "before": before, "after": after}
+
+
+def layers_to_fit(inner, layers, anew):
+    """The patched layers that are asked for, each with projections."""
+    config = infini_config_of(inner.config)
+    if (config.feature_map, config.memory_update) != ("exp", "linear"):
+        raise ValueError(
+            f"feature_map={config.feature_map!r} with memory_update={config.memory_update!r}: projections are fitted "
+            "for 'exp' and 'linear' alone"
+        )
+    patched = {module.layer_idx: module for module in inner.modules() if isinstance(module, InfiniAttention)}
+    wanted = sorted(patched) if layers is None else sorted(set(layers))
+    absent = sorted(set(wanted) - set(patched)) or sorted(set(anew) - set(wanted))
+    if absent or not wanted:
+        raise ValueError(
+            f"layers={layers}, anew={list(anew)}: {absent or 'none'} cannot be fitted; patched are {sorted(patched)}, "
+            "and what begins anew has to be among the layers"
+        )
+    if any(patched[index].memory_gate.query_projection is None for index in wanted):
+        raise ValueError(NO_PROJECTIONS)
+    return [patched[index] for index in wanted]
+
+
+def optimize(fits, rows, weights, settings, generator, progress):
+    """Adam on the votes of each layer and of all together."""
+    parameters = [part for fit in fits for part in (fit.query, fit.key)]
+    optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=max(0.05, 2 / settings.steps)
+    )
+    for _ in tracked(range(settings.steps), progress, "fitting projections"):
+        loss = 0.0
+        for row in drawn(rows, settings.batch_size, generator):
+            votes = [fit.shares(row, weights[id(row)]).sum(1).masked_fill(~row.held, -torch.inf) for fit in fits]
+            # A layer alone is to have the margin that all have together.
+            parts = [losses.vote_loss(len(fits) * part, row.target) for part in votes]
+            loss = loss + losses.vote_loss(sum(votes), row.target) + sum(parts) / len(parts)
+        optimizer.zero_grad()
+        (loss / settings.batch_size).backward()
+        optimizer.step()
+        schedule.step()
+
+
+@torch.no_grad()
+def measure(fits, rows):
+    """How often the source has the most votes, in each layer and in all together, and its share."""
+    right, shares, count = torch.zeros(len(fits) + 1), torch.zeros(len(fits)), 0
+    for row in rows:
+        parts, own = [fit.shares(row) for fit in fits], torch.arange(len(row.target))
+        votes = [part.sum(1) for part in parts]
+        right += torch.stack([(part.argmax(1) == row.target).sum() for part in (*votes, sum(votes))])
+        shares += torch.stack([part.mean(1)[own, row.target].sum() for part in parts])
+        count += len(own)
+    found, shares = (right / max(1, count)).tolist(), (shares / max(1, count)).tolist()
+    by_layer = {fit.index: {"votes": found[i], "share": shares[i]} for i, fit in enumerate(fits)}
+    return {"votes": found[-1], "layers": by_layer}

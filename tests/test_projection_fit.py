@@ -1,0 +1,175 @@
+"""The fit of the memory's projections: its numbers are those of the model, and it learns what it is asked for."""
+
+import pytest
+import torch
+from models import build_patched, random_ids
+from test_retrieval_supervision import supervised
+
+from infini_hf import unpatch_model
+from infini_hf.attention import InfiniAttention
+from infini_hf.calibration import add_memory_projections
+from infini_hf.layer_fit import LayerFit
+from infini_hf.projection_fit import FitSettings, fit_memory_projections
+from infini_hf.told_rows import read_told_rows
+
+SEGMENT = 8
+SHORT = FitSettings(steps=40, start_steps=20, batch_size=2)
+
+
+def model_with_projections(seed=0, **options):
+    """Projections away from where they begin."""
+    model = build_patched("llama", **{"segment_length": SEGMENT, "feature_map": "exp", "overlap": 2, **options})
+    generator = torch.Generator().manual_seed(seed)
+    for layer in layers_of(add_memory_projections(model)):
+        for projection in (layer.memory_gate.query_projection, layer.memory_gate.key_projection):
+            projection.weight.data += 0.2 * torch.randn(projection.weight.shape, generator=generator)
+    return model
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, InfiniAttention)]
+
+
+def weights_of(model):
+    return {
+        (layer.layer_idx, name): getattr(layer.memory_gate, f"{name}_projection").weight.detach().clone()
+        for layer in layers_of(model)
+        for name in ("query", "key")
+    }
+
+
+def pairs(count, seed=0, length=4 * SEGMENT + 3):
+    """Rows of random tokens in which three pairs stand, and stand again, in another order, segments later.
+
+    Of a pair the second token follows from the first: a random model knows nothing but the token that it reads.
+    """
+    rows = []
+    for index in range(count):
+        generator = torch.Generator().manual_seed(1000 * seed + index)
+        ids = torch.randint(40, 97, (length,), generator=generator)
+        sources = torch.full((length,), -1)
+        names = 5 + torch.randperm(10, generator=generator)[:3]
+        values = names + 15
+        for place, pair in zip((1, 4, 9), range(3), strict=True):
+            ids[place : place + 2] = torch.stack([names[pair], values[pair]])
+        for turn, pair in enumerate(torch.randperm(3, generator=generator).tolist()):
+            place = 3 * SEGMENT + 2 + 3 * turn
+            ids[place : place + 2] = torch.stack([names[pair], values[pair]])
+            sources[place + 1] = (2, 5, 10)[pair]
+        rows.append({"input_ids": ids, "sources": sources})
+    return rows
+
+
+def test_shares_of_gathered_states_are_those_of_the_memory_as_it_reads():
+    """Also of told tokens in the piece of a segment at the end, and of several lengths."""
+    model = model_with_projections()
+    rows = pairs(3) + pairs(2, seed=1, length=3 * SEGMENT + 11)
+    gathered = read_told_rows(model, layers_of(model), rows)
+    fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
+    for row, told in zip(rows, gathered, strict=True):
+        expected = supervised(model, row["input_ids"][None], row["sources"][None]).shares
+        found = [fit.shares(told).mean(1)[torch.arange(len(told.target)), told.target].sum() for fit in fits]
+        assert len(told.target) == expected[1] == 3
+        # States are kept in half precision.
+        torch.testing.assert_close(torch.stack(found).mean(), expected[0], rtol=2e-2, atol=1e-5)
+
+
+def test_filler_counts_as_often_as_it_is_said_to():
+    model = model_with_projections()
+    (row,) = read_told_rows(model, layers_of(model), pairs(1))
+    fit = LayerFit(layers_of(model)[1], [row])
+    times = torch.ones(len(row.ids))
+    times[3] = 7.0
+    once, often = fit.shares(row), fit.shares(row, times)
+    more = once[..., 3:4] * 6.0
+    expected = once / (1.0 + more)
+    expected[..., 3] *= 7.0
+    torch.testing.assert_close(often, expected)
+    torch.testing.assert_close(often.sum(-1), torch.ones(often.shape[:-1]))
+
+
+def test_nothing_but_the_projections_of_the_layers_is_changed():
+    model = model_with_projections()
+    before, plain = weights_of(model), {name: part.clone() for name, part in model.state_dict().items()}
+    report = fit_memory_projections(model, pairs(20), layers=[1], settings=SHORT, progress=False)
+    after = weights_of(model)
+    assert [key for key in before if not torch.equal(before[key], after[key])] == [(1, "query"), (1, "key")]
+    fitted = [name for name, part in model.state_dict().items() if not torch.equal(part, plain[name])]
+    assert all("layers.1.self_attn.memory_gate" in name and "projection" in name for name in fitted)
+    assert list(report["before"]["layers"]) == [1]
+    assert all(part.grad is None for part in model.parameters())
+
+
+def test_no_step_leaves_the_projections_where_they_were():
+    model = model_with_projections()
+    gathered = read_told_rows(model, layers_of(model), pairs(4))
+    before = weights_of(model)
+    for layer in layers_of(model):
+        LayerFit(layer, gathered).store()
+    for key, weight in weights_of(model).items():
+        torch.testing.assert_close(weight, before[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("anew", [(), (0, 1)], ids=["on", "anew"])
+def test_votes_learn_to_find_what_is_asked_for(anew):
+    """In rows that were kept out, and the report is what the model that comes out shows."""
+    model = model_with_projections()
+    rows, settings = pairs(320), FitSettings(steps=300, batch_size=8)
+    report = fit_memory_projections(model, rows, anew=anew, settings=settings, progress=False)
+    assert report["told"] == 60
+    assert report["before"]["votes"] < 0.4
+    assert report["after"]["votes"] > 0.8
+    gathered = read_told_rows(model, layers_of(model), rows[::16])
+    fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
+    votes = [(sum(fit.shares(row).sum(1) for fit in fits).argmax(1) == row.target).float() for row in gathered]
+    assert torch.cat(votes).mean().item() == pytest.approx(report["after"]["votes"], abs=0.02)
+
+
+def test_a_fit_is_the_same_for_the_same_seed():
+    reports = [
+        fit_memory_projections(model_with_projections(), pairs(20), anew=[1], settings=SHORT, progress=False)
+        for _ in range(2)
+    ]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "call", "message"),
+    [
+        ({"feature_map": "elu"}, {}, "feature_map='elu' with memory_update='linear'"),
+        ({"memory_update": "delta"}, {}, "feature_map='exp' with memory_update='delta'"),
+        ({}, {"layers": [1, 7]}, r"\[7\] cannot be fitted; patched are \[0, 1\]"),
+        ({}, {"layers": [1], "anew": [0]}, r"\[0\] cannot be fitted.*has to be among the layers"),
+        ({}, {"layers": []}, "none cannot be fitted"),
+    ],
+)
+def test_what_cannot_be_fitted_is_refused_before_anything_is_read(options, call, message):
+    with pytest.raises(ValueError, match=message):
+        fit_memory_projections(model_with_projections(**options), iter([None]), **call)
+
+
+def test_a_model_without_projections_or_patch_and_rows_without_sources_are_refused():
+    bare = build_patched("llama", segment_length=SEGMENT, feature_map="exp")
+    with pytest.raises(ValueError, match=r"call infini_hf\.calibration"):
+        fit_memory_projections(bare, pairs(4))
+    with pytest.raises(ValueError, match="is not patched"):
+        fit_memory_projections(unpatch_model(bare), pairs(4))
+    rows = [{"input_ids": random_ids(1, 30)[0], "sources": torch.full((30,), -1)}]
+    with pytest.raises(ValueError, match=r"^0 of the rows hold an answer"):
+        fit_memory_projections(model_with_projections(), rows, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options", [{"steps": 3}, {"batch_size": 0}, {"start_steps": -1}, {"learning_rate": 0.0}, {"filler": float("nan")}]
+)
+def test_settings_that_fit_nothing_are_refused(options):
+    ((name, value),) = options.items()
+    with pytest.raises(ValueError, match=f"^{name}={value}: must be"):
+        FitSettings(**options)
+
+
+def test_the_fewest_steps_are_steps():
+    model = model_with_projections()
+    before = weights_of(model)
+    fit_memory_projections(model, pairs(4), settings=FitSettings(steps=4, batch_size=1), progress=False)
+    assert not any(torch.equal(weight, before[key]) for key, weight in weights_of(model).items())
