@@ -19,8 +19,8 @@ class ToldRow:
         ids (`torch.Tensor`): `(seq_len,)` int64.
         target (`torch.Tensor`): `(n,)` int64: the columns that the n told tokens are to be read from.
         held (`torch.Tensor`): `(n, seq_len)` bool: what the memory holds when each of them is asked for.
-        queries (`dict`): by layer, `(num_heads, n, head_dim)` float16, uncentered, of the tokens that ask.
-        keys (`dict`): by layer, `(num_kv_heads, seq_len, head_dim)` float16, uncentered, of the whole row.
+        queries (`dict`): by layer, `(num_heads, n, head_dim)` float16 or float32, uncentered, of the tokens that ask.
+        keys (`dict`): by layer, `(num_kv_heads, seq_len, head_dim)`, likewise, of the whole row.
     """
 
     ids: torch.Tensor
@@ -64,11 +64,17 @@ def read_told_rows(inner, layers, rows, progress=True):
                 row["input_ids"].cpu(),
                 target,
                 segment[0] < segment[0, asked, None],
-                {index: queries[:, asked].half() for index, (queries, _) in states.items()},
-                {index: keys.half() for index, (_, keys) in states.items()},
+                {index: compact(queries[:, asked]) for index, (queries, _) in states.items()},
+                {index: compact(keys) for index, (_, keys) in states.items()},
             )
         )
     return found
+
+
+def compact(states):
+    """In half precision where it can hold them: channels of pretrained models may be large for every token."""
+    half = states.half()
+    return half if half.isfinite().all() else states.float()
 
 
 def tracked(items, progress, description="reading"):

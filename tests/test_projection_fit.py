@@ -10,7 +10,7 @@ from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections
 from infini_hf.layer_fit import LayerFit
 from infini_hf.projection_fit import FitSettings, fit_memory_projections
-from infini_hf.told_rows import read_told_rows
+from infini_hf.told_rows import compact, read_told_rows
 
 SEGMENT = 8
 SHORT = FitSettings(steps=40, start_steps=20, batch_size=2)
@@ -173,3 +173,9 @@ def test_the_fewest_steps_are_steps():
     before = weights_of(model)
     fit_memory_projections(model, pairs(4), settings=FitSettings(steps=4, batch_size=1), progress=False)
     assert not any(torch.equal(weight, before[key]) for key, weight in weights_of(model).items())
+
+
+def test_states_too_large_for_half_precision_are_kept_whole():
+    states = torch.tensor([1.5, 7e4])
+    assert torch.equal(compact(states), states)
+    assert compact(states[:1]).dtype == torch.float16
