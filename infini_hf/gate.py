@@ -107,7 +107,12 @@ class HeadProjection(nn.Module):
     def forward(self, states):
         weight = self.weight.to(states.device).float()
         with no_autocast(states):
-            return states.float() @ weight[:, :-1] + weight[:, -1:]
+            return affine(states.float(), weight)
+
+
+def affine(states, weight):
+    """`(..., heads, n, head_dim)` through `(heads, head_dim + 1, head_dim)`, the last row the bias."""
+    return states @ weight[:, :-1] + weight[:, -1:]
 
 
 def centering(shift):

@@ -4,6 +4,7 @@ import torch
 from torch.nn import functional as F
 
 from . import memory as memory_math
+from .gate import affine
 from .retrieval_losses import pair_up
 from .retrieval_supervision import BoundedKeys
 
@@ -118,8 +119,3 @@ def scaling_of(states):
     states = states.float()
     mean = states.mean(1)
     return mean, (states - mean[:, None]).square().mean((1, 2)).sqrt().clamp_min(1e-6)
-
-
-def affine(states, weight):
-    """`(heads, n, head_dim)` through `(heads, head_dim + 1, head_dim)`, the last row the bias."""
-    return states @ weight[:, :-1] + weight[:, -1:]
