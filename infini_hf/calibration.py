@@ -27,7 +27,7 @@ class ChannelMean:
 
 
 def calibrate_memory(model, ids, progress=True):
-    """Center the memory's queries and keys on their means over a text, in place; for `feature_map="exp"`.
+    """Center the memory's queries and keys on their means over a text, in place; not for `feature_map="elu"`.
 
     Do it once, before training: gates and weights learn with the shifts, which are saved with the gates. A memory that
     was written before means nothing afterwards.
@@ -47,10 +47,10 @@ def calibrate_memory(model, ids, progress=True):
     """
     inner = require_patched(model)
     feature_map = infini_config_of(inner.config).feature_map
-    if feature_map != "exp":
+    if feature_map == "elu":
         raise ValueError(
-            f"feature_map={feature_map!r}: only the exponential map needs centered channels; patch with "
-            "feature_map='exp', or leave the calibration out"
+            f"feature_map={feature_map!r}: only the exponential maps need centered channels; patch with "
+            "feature_map='exp' or 'softmax', or leave the calibration out"
         )
     layers = [module for module in inner.modules() if isinstance(module, InfiniAttention)]
     if any(layer.memory_gate.query_projection is not None for layer in layers):
@@ -73,7 +73,7 @@ def calibrate_memory(model, ids, progress=True):
     return model
 
 
-def add_memory_projections(model):
+def add_memory_projections(model, layers=None, mix_heads=False):
     """Give the memory an affine map of its own for the queries and keys of each head, in place.
 
     The memory and local attention share their queries and keys. With these maps, as before the feature maps of
@@ -83,16 +83,25 @@ def add_memory_projections(model):
 
     Args:
         model (`PreTrainedModel`): a patched model.
+        layers (`list[int]`, *optional*): indices of the patched layers whose memory gets them; all by default.
+        mix_heads (`bool`, *optional*, defaults to `False`): map the states of all heads of a layer together. What
+            tells tokens apart then need not lie in the few channels that a head has for its local attention; it
+            costs `num_heads` times the weights.
 
     Returns:
         `PreTrainedModel`: the same object.
 
     Raises:
-        ValueError: when the model is not patched.
+        ValueError: when the model is not patched, or `layers` name none of its patched layers.
     """
-    for layer in require_patched(model).modules():
-        if not isinstance(layer, InfiniAttention) or layer.memory_gate.query_projection is not None:
-            continue
+    patched = [layer for layer in require_patched(model).modules() if isinstance(layer, InfiniAttention)]
+    indices = {layer.layer_idx for layer in patched}
+    wanted = indices if layers is None else set(layers)
+    if absent := sorted(wanted - indices):
+        raise ValueError(f"layers={layers}: {absent} are not among the patched {sorted(indices)}")
+    for layer in patched:
         gate = layer.memory_gate
-        gate.add_projections(gate.bias.numel() // layer.num_key_value_groups, layer.head_dim)
+        if layer.layer_idx not in wanted or gate.query_projection is not None:
+            continue
+        gate.add_projections(gate.bias.numel() // layer.num_key_value_groups, layer.head_dim, mix_heads)
     return model

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from .version import __version__
 
 MEMORY_UPDATES = ("linear", "delta")
-FEATURE_MAPS = ("elu", "exp")
+FEATURE_MAPS = ("elu", "exp", "softmax")
 GATES = ("tanh", "sigmoid")
 
 
@@ -20,7 +20,8 @@ class InfiniConfig:
         memory_update (`str`, *optional*, defaults to `"linear"`):
             `"linear"` adds what is written; `"delta"` first subtracts what the memory already returns for the key.
         feature_map (`str`, *optional*, defaults to `"elu"`):
-            `"elu"` is the paper's ELU(x) + 1; `"exp"` is exp(min(x, 8)) for keys and exp(x - max x) for queries.
+            `"elu"` is the paper's ELU(x) + 1; `"exp"` is exp(min(x, 8)) for keys and exp(x - max x) for queries;
+            `"softmax"` is exp(x) for keys, scaled to a sum of e⁸ at most, and queries as for `"exp"`.
         gate (`str`, *optional*, defaults to `"tanh"`):
             `"tanh"` is an exact no-op at zero; `"sigmoid"` is the paper's form, 0.5 at zero.
         overlap (`int`, *optional*, defaults to `0`):

@@ -44,12 +44,13 @@ class MemoryGate(nn.Module):
         self.key_projection = HeadProjection(key_weight.detach().to(device, torch.float32).clone())
         self.query_shift = self.key_shift = None
 
-    def add_projections(self, num_kv_heads, head_dim):
+    def add_projections(self, num_kv_heads, head_dim, mix_heads=False):
         """Projections that change nothing yet: they subtract the shifts, where there are some."""
         shifts = self.query_shift, self.key_shift
         if self.query_shift is None:
             shifts = torch.zeros(self.bias.numel(), head_dim), torch.zeros(num_kv_heads, head_dim)
-        self.set_projections(*(centering(shift) for shift in shifts))
+        weights = (centering(shift) for shift in shifts)
+        self.set_projections(*(of_all_heads(weight) if mix_heads else weight for weight in weights))
 
     def center_queries(self, queries):
         """Queries `(batch, num_heads, seq_len, head_dim)` as the memory is asked with them."""
@@ -97,7 +98,8 @@ class HeadProjection(nn.Module):
     """An affine map for each head of `(batch, heads, seq_len, head_dim)`, computed in float32.
 
     Args:
-        weight (`torch.Tensor`): `(heads, head_dim + 1, head_dim)` float32, the last row the bias.
+        weight (`torch.Tensor`): `(heads, head_dim + 1, head_dim)` float32, the last row the bias; or
+            `(heads, heads * head_dim + 1, head_dim)`, where what a head gets is a map of the states of all heads.
     """
 
     def __init__(self, weight):
@@ -111,8 +113,21 @@ class HeadProjection(nn.Module):
 
 
 def affine(states, weight):
-    """`(..., heads, n, head_dim)` through `(heads, head_dim + 1, head_dim)`, the last row the bias."""
-    return states @ weight[:, :-1] + weight[:, -1:]
+    """`(..., heads, n, head_dim)` through the weight of a [`HeadProjection`], to the same shape."""
+    heads, inputs, dim = weight.shape
+    if inputs - 1 == states.shape[-1]:
+        return states @ weight[:, :-1] + weight[:, -1:]
+    # One product for all heads, whose states lie side by side.
+    together = states.transpose(-3, -2).flatten(-2)
+    mapped = together @ weight[:, :-1].transpose(0, 1).flatten(1) + weight[:, -1].flatten()
+    return mapped.unflatten(-1, (heads, dim)).transpose(-3, -2)
+
+
+def of_all_heads(weight):
+    """`(heads, head_dim + 1, head_dim)` as a map of the states of all heads, in which each head reads its own."""
+    heads, _, dim = weight.shape
+    own = torch.einsum("hic,hg->hgic", weight[:, :-1], torch.eye(heads, dtype=weight.dtype, device=weight.device))
+    return torch.cat([own.reshape(heads, heads * dim, dim), weight[:, -1:]], dim=1)
 
 
 def centering(shift):

@@ -22,11 +22,15 @@ LARGEST_EXPONENT = 8.0
 
 
 def map_keys(keys, feature_map="elu"):
-    """σ(K) in float32: `"elu"` is ELU(x) + 1, `"exp"` is exp(min(x, 8)).
+    """σ(K) in float32: `"elu"` is ELU(x) + 1, `"exp"` is exp(min(x, 8)), `"softmax"` is exp(x) scaled to a sum of e⁸
+    at most: softmax(x) min(e⁸, Σ exp x).
+
+    The bound of `"softmax"` is that of a token as a whole: tokens that are loud are equally loud, and one channel of
+    theirs gains what another loses, where `"exp"` would have them all at its bound.
 
     Args:
         keys (`torch.Tensor`): `(..., head_dim)`, any floating dtype.
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
 
     Returns:
         `torch.Tensor`: the same shape, float32, non-negative.
@@ -36,12 +40,14 @@ def map_keys(keys, feature_map="elu"):
         return EluPlusOne.apply(keys)
     if feature_map == "exp":
         return keys.clamp(max=LARGEST_EXPONENT).exp_()
-    raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp'")
+    if feature_map == "softmax":
+        return (keys - (keys.logsumexp(-1, keepdim=True) - LARGEST_EXPONENT).clamp_min(0.0)).exp_()
+    raise ValueError(f"feature_map={feature_map!r}: must be one of 'elu', 'exp', 'softmax'")
 
 
 def map_queries(queries, feature_map="elu"):
-    """σ(Q) in float32; for `"exp"` it is exp(x - max x), whose scale cancels between numerator and denominator."""
-    if feature_map == "exp":
+    """σ(Q) in float32; for all but `"elu"` exp(x - max x), whose scale cancels between numerator and denominator."""
+    if feature_map in ("exp", "softmax"):
         queries = queries.float()
         return (queries - queries.detach().amax(-1, keepdim=True)).exp_()
     return map_keys(queries, feature_map)
@@ -111,7 +117,7 @@ def retrieve(queries, memory, memory_norm, feature_map="elu"):
         queries (`torch.Tensor`): `(batch, num_heads, seq_len, head_dim)`, before RoPE.
         memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32.
         memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
 
     Returns:
         `torch.Tensor`: `(batch, num_heads, seq_len, head_dim)`, float32; zeros where nothing was ever written.
@@ -153,7 +159,7 @@ def update(keys, values, memory, memory_norm, rule="linear", feature_map="elu", 
         memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32.
         memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
         rule (`str`, *optional*, defaults to `"linear"`): `"linear"` or `"delta"`.
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
         scale (`torch.Tensor`, *optional*):
             `(batch,)`, how many times each row's segment is written; 0 leaves a row's memory as it is. For the linear
             rule any other number is exactly that many repeated writes.
@@ -183,7 +189,7 @@ def scan(keys, values, memory, memory_norm, rule="linear", feature_map="elu", sc
         memory (`torch.Tensor`): `(batch, num_kv_heads, head_dim, head_dim)`, float32, the state before the first.
         memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32.
         rule (`str`, *optional*, defaults to `"linear"`): `"linear"` (one cumulative sum) or `"delta"` (a short loop).
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
         scale (`torch.Tensor`, *optional*): `(batch, num_segments)`, how many times each segment is written.
 
     Returns:

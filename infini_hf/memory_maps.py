@@ -21,7 +21,7 @@ def sum_of_run(keys, values, length, feature_map="elu", scale=None):
         keys (`torch.Tensor`): `(batch, num_kv_heads, seq_len, head_dim)`, before RoPE, whole segments.
         values (`torch.Tensor`): the same shape.
         length (`int`): tokens of a segment.
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
         scale (`torch.Tensor`, *optional*): `(batch, n)` float32, how many times each segment is written, in their
             order; the last for all that follow.
     """
@@ -46,7 +46,7 @@ def map_of_segment(keys, values, memory_norm, feature_map="elu"):
         keys (`torch.Tensor`): `(batch, num_kv_heads, seq_len, head_dim)`, before RoPE.
         values (`torch.Tensor`): the same shape.
         memory_norm (`torch.Tensor`): `(batch, num_kv_heads, head_dim)`, float32, z before the segment.
-        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"` or `"exp"`.
+        feature_map (`str`, *optional*, defaults to `"elu"`): `"elu"`, `"exp"` or `"softmax"`.
     """
     with memory_math.no_autocast(keys):
         mapped = memory_math.map_keys(keys, feature_map)

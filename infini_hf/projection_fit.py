@@ -56,7 +56,7 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
     """Fit the memory's projections of some layers to where the answers of rows were stated, in place; weights rest.
 
     Every head of a layer has one vote, which its share σ(q) σ(k_t) / (σ(q) z) divides among the tokens that the memory
-    holds; the loss is the cross-entropy of their sum. Only for `feature_map="exp"` and the linear rule.
+    holds; the loss is the cross-entropy of their sum. Not for `feature_map="elu"`, and for the linear rule only.
 
     Args:
         model (`PreTrainedModel`): a patched model with projections.
@@ -103,10 +103,10 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
 def layers_to_fit(inner, layers, anew):
     """The patched layers that are asked for, each with projections."""
     config = infini_config_of(inner.config)
-    if (config.feature_map, config.memory_update) != ("exp", "linear"):
+    if config.feature_map == "elu" or config.memory_update != "linear":
         raise ValueError(
             f"feature_map={config.feature_map!r} with memory_update={config.memory_update!r}: projections are fitted "
-            "for 'exp' and 'linear' alone"
+            "for 'exp' or 'softmax' with 'linear' alone"
         )
     patched = {module.layer_idx: module for module in inner.modules() if isinstance(module, InfiniAttention)}
     wanted = sorted(patched) if layers is None else sorted(set(layers))

@@ -132,6 +132,11 @@ class BoundedKeys(torch.autograd.Function):
         return torch.where(passes, gradient * mapped, 0.0).to(keys.dtype)
 
 
+def map_told_keys(keys, feature_map):
+    """`map_keys`, with a gradient for keys at the bound of `"exp"`."""
+    return BoundedKeys.apply(keys) if feature_map == "exp" else memory_math.map_keys(keys, feature_map)
+
+
 def told_tokens(sources, attention_mask, seen, length):
     """The tokens whose source lies in the memory, and where every column stands.
 
@@ -208,7 +213,7 @@ class Reading:
         raw = gate.center_queries(queries[rows, :, asked - self.index * length].unsqueeze(2)).float()
         query = memory_math.map_queries(raw, kind).squeeze(2)
         raw_keys = gate.center_keys(torch.cat(held, dim=2)).float()
-        mapped = BoundedKeys.apply(raw_keys) if kind == "exp" else memory_math.map_keys(raw_keys, kind)
+        mapped = map_told_keys(raw_keys, kind)
         if self.times is not None:
             mapped = mapped * self.times[:, None, : mapped.shape[2], None].to(device)
         source, written = mapped[rows, :, stated], self.written(mapped)

@@ -15,26 +15,32 @@ from transformers import set_seed
 
 from infini_hf import InfiniTrainingArguments
 from infini_hf.cache import infini_config_of
-from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import ModelArguments, command_line
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.gate import MemoryGate
 
 
 @dataclass(frozen=True)
 class RowArguments(MemoryRowStyle):
     """The rows: see infini_hf.data.memory_rows."""
 
-    calibration_tokens: int = field(
-        default=16_384,
-        metadata={"help": "tokens of the novels that feature_map exp is calibrated on, once; 0 leaves it out"},
+    resting_layers: int = field(
+        default=0,
+        metadata={
+            "help": "so many of the lowest layers, and the embeddings, are left as they are: what the memory of "
+            "the next layer is asked and written rests too"
+        },
     )
-    memory_projections: bool = field(
-        default=False, metadata={"help": "let the memory learn an affine map of its own of its queries and keys"}
+    matmul_precision: str = field(
+        default="highest",
+        metadata={
+            "help": "of float32 products: highest, high or medium, which is faster where the processor "
+            "multiplies bfloat16 (with --attn_implementation eager)"
+        },
     )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
@@ -43,26 +49,32 @@ class RowArguments(MemoryRowStyle):
         return MemoryRowStyle(**{name: getattr(self, name) for name in names})
 
 
-def centered(model):
-    """Whether a model was calibrated before: its weights have learned with the shifts it has."""
-    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    return any(gate.query_shift is not None or gate.query_projection is not None for gate in gates)
+def rest(model, layers):
+    """Leave the embeddings and the lowest `layers` as they are.
+
+    Raises:
+        ValueError: when that leaves no layer, or is below 0.
+    """
+    decoder = model.get_decoder()
+    if not 0 <= layers < len(decoder.layers):
+        raise ValueError(
+            f"resting_layers={layers}: must be from 0 to {len(decoder.layers) - 1}, one less than there are"
+        )
+    if layers:
+        for module in (decoder.embed_tokens, *decoder.layers[:layers]):
+            module.requires_grad_(False)
 
 
 def main(argv=None):
-    model_args, row_args, args = parse_arguments(
-        (ModelArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
+    model_args, memory_args, row_args, args = parse_arguments(
+        (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
     )
     set_seed(args.seed)
+    torch.set_float32_matmul_precision(row_args.matmul_precision)
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
-    if row_args.calibration_tokens and infini_config_of(model.config).feature_map == "exp" and not centered(model):
-        share = row_args.calibration_tokens // len(texts)
-        # From inside each novel: the beginnings are titles and prefaces.
-        pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]
-        calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
-    if row_args.memory_projections:
-        add_memory_projections(model)
+    memory_args.prepare(model, tokenizer, texts)
+    rest(model, row_args.resting_layers)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
@@ -46,10 +47,14 @@ def table(report):
 
 
 def main(argv=None):
-    model_args, args, settings = parse_arguments((ModelArguments, FitArguments, FitSettings), __doc__, argv)
+    model_args, memory_args, args, settings = parse_arguments(
+        (ModelArguments, MemoryArguments, FitArguments, FitSettings), __doc__, argv
+    )
     model, tokenizer = model_args.load()
+    texts = read_texts(args.train_folder)
+    memory_args.prepare(model, tokenizer, texts)
     length = infini_config_of(model.config).segment_length
-    rows = MemoryRows(read_texts(args.train_folder), tokenizer, args.rows, length, args.style(), settings.seed)
+    rows = MemoryRows(texts, tokenizer, args.rows, length, args.style(), settings.seed)
     drawn = [rows[index] for index in tracked(range(len(rows)), True, "drawing rows")]
     report = fit_memory_projections(model, drawn, args.layers, args.anew, settings)
     model.save_pretrained(args.output_dir)

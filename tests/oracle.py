@@ -16,6 +16,9 @@ def elu_plus_one(state):
 
 
 def map_key(key, feature_map):
+    if feature_map == "softmax":
+        total = key.exp().sum(-1, keepdim=True)
+        return key.exp() * (math.e**8 / total).clamp(max=1.0)
     return elu_plus_one(key) if feature_map == "elu" else key.clamp(max=8).exp()
 
 

@@ -89,7 +89,7 @@ def test_partial_patches_are_free_of_chunking(family, layers, sizes):
     assert_chunking_is_free(model, random_ids(2, 37), sizes)
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "exp"])
+@pytest.mark.parametrize("feature_map", ["elu", "exp", "softmax"])
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 def test_a_segment_is_written_once_however_it_is_cut(rule, feature_map):
     """After k segments z is the sum of σ(K) over exactly those tokens, and another empty call adds nothing."""

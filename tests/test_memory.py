@@ -292,7 +292,7 @@ def test_extreme_keys_and_queries_give_finite_values_and_gradients(retrieve, rul
 
 
 @pytest.mark.parametrize("retrieve", READS)
-@pytest.mark.parametrize(("feature_map", "size"), [("elu", -16.0), ("exp", -40.0)])
+@pytest.mark.parametrize(("feature_map", "size"), [("elu", -16.0), ("exp", -40.0), ("softmax", -40.0)])
 def test_small_but_real_denominators_keep_their_quotient(retrieve, feature_map, size):
     """The guard stands far below what real keys write: a single faint key is still returned as its value."""
     keys, values = torch.full((1, 1, 1, DIM), size), draw(1, 1, 1, DIM)
@@ -365,9 +365,23 @@ def test_the_key_of_exp_is_clamped_and_its_queries_scale_cancels():
     assert_close(shifted, memory_math.retrieve(queries, *state, "exp").double(), 1e-3)
 
 
+def test_the_key_of_softmax_has_a_largest_sum_which_its_channels_share():
+    """Quiet keys are those of exp; loud ones are softmax, gradients too, and equally loud however loud they were."""
+    quiet, loud = draw(5, DIM), draw(5, DIM) + 20.0
+    assert torch.equal(memory_math.map_keys(quiet, "softmax"), memory_math.map_keys(quiet, "exp"))
+    assert_close(memory_math.map_keys(loud, "softmax"), math.exp(8) * loud.double().softmax(-1))
+    assert_close(memory_math.map_keys(loud + 300, "softmax"), math.exp(8) * loud.double().softmax(-1), 1e-3)
+    gradients = []
+    for mapped in (lambda keys: memory_math.map_keys(keys, "softmax"), lambda keys: math.exp(8) * keys.softmax(-1)):
+        keys = loud.clone().requires_grad_()
+        (mapped(keys) * quiet).sum().backward()
+        gradients.append(keys.grad)
+    assert_close(gradients[0], gradients[1].double(), 1e-4)
+
+
 def test_unknown_names_are_refused():
     _, keys, values = draw_segment()
-    with pytest.raises(ValueError, match=r"^feature_map='relu': must be one of 'elu', 'exp'$"):
+    with pytest.raises(ValueError, match=r"^feature_map='relu': must be one of 'elu', 'exp', 'softmax'$"):
         memory_math.map_keys(keys, "relu")
     with pytest.raises(ValueError, match=r"^memory_update='hebb': must be one of 'linear', 'delta'$"):
         memory_math.update(keys, values, *memory_math.empty(keys), "hebb")

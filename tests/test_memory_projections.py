@@ -13,6 +13,7 @@ import infini_hf
 from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, patch_model, prefill, unpatch_model
 from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections, calibrate_memory
+from infini_hf.gate import HeadProjection, of_all_heads
 from infini_hf.lora import load_adapter, lora_config
 
 OPTIONS = {"segment_length": 8, "feature_map": "exp", "overlap": 2}
@@ -27,11 +28,11 @@ def logits_of(model, ids):
     return model(ids, use_cache=False).logits
 
 
-def projected(family="llama", **options):
+def projected(family="llama", mix_heads=False, **options):
     """A calibrated model whose projections have been moved far from where they begin."""
     model = calibrate_memory(build_patched(family, **{**OPTIONS, **options}), random_ids(1, 64))
     generator = torch.Generator().manual_seed(9)
-    for gate in gates_of(add_memory_projections(model)):
+    for gate in gates_of(add_memory_projections(model, mix_heads=mix_heads)):
         for projection in (gate.query_projection, gate.key_projection):
             weight = projection.weight
             weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
@@ -40,16 +41,39 @@ def projected(family="llama", **options):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
 @pytest.mark.parametrize("kind", ["elu", "exp"])
-def test_untrained_projections_change_nothing(family, kind):
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_untrained_projections_change_nothing(family, kind, mix_heads):
     model, ids = build_patched(family, **{**OPTIONS, "feature_map": kind}), random_ids(2, 40)
     if kind == "exp":
         calibrate_memory(model, random_ids(1, 64))
     before = logits_of(model, ids)
-    assert add_memory_projections(model) is model
+    assert add_memory_projections(model, mix_heads=mix_heads) is model
     assert torch.equal(logits_of(model, ids), before)
     first = gates_of(model)[0].query_projection
     assert gates_of(add_memory_projections(model))[0].query_projection is first
     assert gates_of(model)[0].query_shift is None
+
+
+def test_mixed_heads_are_a_sum_over_all_of_them():
+    """Head by head: what each gives to each of the others is a product of its own."""
+    states, weight = torch.randn(2, 3, 5, 4), torch.randn(3, 13, 4)
+    parts = weight[:, :-1].unflatten(1, (3, 4))
+    expected = torch.stack([sum(states[:, g] @ parts[h, g] for g in range(3)) + weight[h, -1] for h in range(3)], 1)
+    torch.testing.assert_close(HeadProjection(weight)(states), expected, rtol=1e-5, atol=1e-5)
+    # Those of the first kind are those of the second whose heads read their own alone.
+    own = torch.randn(3, 5, 4)
+    torch.testing.assert_close(HeadProjection(of_all_heads(own))(states), HeadProjection(own)(states))
+
+
+def test_some_layers_alone_get_them():
+    model, ids = build_patched("llama", **OPTIONS), random_ids(2, 40)
+    add_memory_projections(model, layers=[1], mix_heads=True)
+    assert [gate.query_projection is not None for gate in gates_of(model)] == [False, True]
+    before = logits_of(model, ids)
+    gates_of(model)[1].key_projection.weight.data += 0.1 * torch.randn(gates_of(model)[1].key_projection.weight.shape)
+    assert relative_error(logits_of(model, ids), before) > 1e-3
+    with pytest.raises(ValueError, match=r"layers=\[1, 7\]: \[7\] are not among the patched \[0, 1\]"):
+        add_memory_projections(model, layers=[1, 7])
 
 
 def test_features_may_change_places():
@@ -89,8 +113,9 @@ def test_keys_are_written_and_queries_asked_through_them():
     assert met
 
 
-def test_chunks_and_static_decoding_go_through_them():
-    model, ids = projected(), random_ids(2, 43, seed=1)
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_chunks_and_static_decoding_go_through_them(mix_heads):
+    model, ids = projected(mix_heads=mix_heads), random_ids(2, 43, seed=1)
     cache, parts = InfiniCache(model.config), []
     with torch.no_grad():
         for chunk in ids.split(5, dim=1):
@@ -101,8 +126,9 @@ def test_chunks_and_static_decoding_go_through_them():
     assert torch.equal(model.generate(ids, cache_implementation="static", **options), expected)
 
 
-def test_they_are_saved_loaded_and_taken_off_with_the_gates(tmp_path):
-    model, ids = projected(), random_ids(2, 40, seed=1)
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_they_are_saved_loaded_and_taken_off_with_the_gates(tmp_path, mix_heads):
+    model, ids = projected(mix_heads=mix_heads), random_ids(2, 40, seed=1)
     model.save_pretrained(tmp_path)
     loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager")
     assert torch.equal(logits_of(loaded, ids), logits_of(model, ids))
@@ -116,8 +142,9 @@ def build_fresh():
     return patch_model(build("llama"), InfiniConfig(**OPTIONS))
 
 
-def test_an_adapter_brings_them_along(tmp_path):
-    model, ids = projected(), random_ids(2, 40, seed=1)
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_an_adapter_brings_them_along(tmp_path, mix_heads):
+    model, ids = projected(mix_heads=mix_heads), random_ids(2, 40, seed=1)
     adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"])).eval()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("query_projection" in name for name in trained)

@@ -40,7 +40,7 @@ def mixed(parts, feature_map, fused, reads=None, trained=NAMES):
 
 
 @pytest.mark.parametrize("reads", [None, [1.0, 0.0, 1.0]], ids=["all rows", "not the second"])
-@pytest.mark.parametrize("feature_map", ["elu", "exp"])
+@pytest.mark.parametrize("feature_map", ["elu", "exp", "softmax"])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-6), (torch.bfloat16, 1e-2)], ids=str)
 def test_one_step_gives_the_output_and_gradients_of_two(dtype, tolerance, feature_map, reads):
     reads = None if reads is None else torch.tensor(reads)

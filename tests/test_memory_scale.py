@@ -13,7 +13,7 @@ L = 8
 
 def test_a_scaled_write_equals_repeated_ones():
     keys, values = torch.randn(2, 3, L, 4), torch.randn(2, 3, L, 4)
-    for feature_map in ("elu", "exp"):
+    for feature_map in ("elu", "exp", "softmax"):
         once = memory.update(keys, values, *memory.empty(keys), feature_map=feature_map)
         state = once
         for _ in range(4):

@@ -16,11 +16,11 @@ SEGMENT = 8
 SHORT = FitSettings(steps=40, start_steps=20, batch_size=2)
 
 
-def model_with_projections(seed=0, **options):
+def model_with_projections(seed=0, mix_heads=False, **options):
     """Projections away from where they begin."""
     model = build_patched("llama", **{"segment_length": SEGMENT, "feature_map": "exp", "overlap": 2, **options})
     generator = torch.Generator().manual_seed(seed)
-    for layer in layers_of(add_memory_projections(model)):
+    for layer in layers_of(add_memory_projections(model, mix_heads=mix_heads)):
         for projection in (layer.memory_gate.query_projection, layer.memory_gate.key_projection):
             projection.weight.data += 0.2 * torch.randn(projection.weight.shape, generator=generator)
     return model
@@ -60,9 +60,11 @@ def pairs(count, seed=0, length=4 * SEGMENT + 3):
     return rows
 
 
-def test_shares_of_gathered_states_are_those_of_the_memory_as_it_reads():
+@pytest.mark.parametrize("mix_heads", [False, True])
+@pytest.mark.parametrize("kind", ["exp", "softmax"])
+def test_shares_of_gathered_states_are_those_of_the_memory_as_it_reads(kind, mix_heads):
     """Also of told tokens in the piece of a segment at the end, and of several lengths."""
-    model = model_with_projections()
+    model = model_with_projections(mix_heads=mix_heads, feature_map=kind)
     rows = pairs(3) + pairs(2, seed=1, length=3 * SEGMENT + 11)
     gathered = read_told_rows(model, layers_of(model), rows)
     fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
@@ -100,8 +102,9 @@ def test_nothing_but_the_projections_of_the_layers_is_changed():
     assert all(part.grad is None for part in model.parameters())
 
 
-def test_no_step_leaves_the_projections_where_they_were():
-    model = model_with_projections()
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_no_step_leaves_the_projections_where_they_were(mix_heads):
+    model = model_with_projections(mix_heads=mix_heads)
     gathered = read_told_rows(model, layers_of(model), pairs(4))
     before = weights_of(model)
     for layer in layers_of(model):
@@ -110,10 +113,12 @@ def test_no_step_leaves_the_projections_where_they_were():
         torch.testing.assert_close(weight, before[key], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("mix_heads", [False, True])
+@pytest.mark.parametrize("kind", ["exp", "softmax"])
 @pytest.mark.parametrize("anew", [(), (0, 1)], ids=["on", "anew"])
-def test_votes_learn_to_find_what_is_asked_for(anew):
+def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
     """In rows that were kept out, and the report is what the model that comes out shows."""
-    model = model_with_projections()
+    model = model_with_projections(mix_heads=mix_heads, feature_map=kind)
     rows, settings = pairs(320), FitSettings(steps=300, batch_size=8)
     report = fit_memory_projections(model, rows, anew=anew, settings=settings, progress=False)
     assert report["told"] == 60

@@ -134,7 +134,9 @@ def test_keys_at_the_bound_are_led_back_but_not_further_up():
 
 
 @pytest.mark.parametrize("padding", [None, "left", "right"])
-@pytest.mark.parametrize(("kind", "layers", "negatives"), [("elu", None, 0.0), ("exp", [1], 0.5)])
+@pytest.mark.parametrize(
+    ("kind", "layers", "negatives"), [("elu", None, 0.0), ("exp", [1], 0.5), ("softmax", [1], 0.5)]
+)
 def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, layers, negatives, padding):
     model = shifted(build_patched("llama", segment_length=L, overlap=3, feature_map=kind)).train()
     ids, sources, mask = random_ids(3, 4 * L + 3), some_sources(3, 4 * L + 3), None
@@ -162,7 +164,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, la
 
 
 @pytest.mark.parametrize("contrast", [0.0, 0.7])
-@pytest.mark.parametrize("kind", ["elu", "exp"])
+@pytest.mark.parametrize("kind", ["elu", "exp", "softmax"])
 def test_votes_and_contrast_are_those_of_the_tokens_one_by_one(kind, contrast):
     """Also where several tokens repeat one source."""
     model = shifted(build_patched("llama", segment_length=L, overlap=3, feature_map=kind)).train()

@@ -96,7 +96,7 @@ def layers_of(model):
 # The same as an ordinary cache.
 
 
-@pytest.mark.parametrize("feature_map", ["elu", "exp"])
+@pytest.mark.parametrize("feature_map", ["elu", "exp", "softmax"])
 @pytest.mark.parametrize("rule", ["linear", "delta"])
 @pytest.mark.parametrize(("overlap", "sinks"), [(0, 0), (3, 2), (SEGMENT, 4)])
 def test_a_step_is_that_of_the_ordinary_cache_wherever_rows_stand(rule, feature_map, overlap, sinks):

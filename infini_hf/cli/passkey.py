@@ -55,7 +55,7 @@ def passkey(
     overlap: int = typer.Option(None, help="Tokens of the previous segment that stay visible, likewise."),
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise."),
     memory_update: str = typer.Option(None, help="linear or delta, likewise."),
-    feature_map: str = typer.Option(None, help="elu or exp, likewise."),
+    feature_map: str = typer.Option(None, help="elu, exp or softmax, likewise."),
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,

@@ -29,7 +29,7 @@ def read(
     ),
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise; by default 0."),
     memory_update: str = typer.Option(None, help="linear (default) or delta, likewise."),
-    feature_map: str = typer.Option(None, help="elu (default) or exp, likewise."),
+    feature_map: str = typer.Option(None, help="elu (default), exp or softmax, likewise."),
     chunk_size: int = typer.Option(2048, min=1, help="Tokens in one forward: speed and peak memory only."),
     save_every: int = typer.Option(262_144, min=1, help="Tokens between two writes of the snapshot."),
     dtype: str = DTYPE,

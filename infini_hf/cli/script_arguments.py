@@ -26,7 +26,7 @@ class ModelArguments:
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
     segment_length: int | None = field(default=None, metadata={"help": "tokens in a segment; default: the model's"})
     memory_update: str = field(default="linear", metadata={"help": "linear or delta"})
-    feature_map: str = field(default="elu", metadata={"help": "elu or exp"})
+    feature_map: str = field(default="elu", metadata={"help": "elu, exp or softmax"})
     gate: str = field(default="tanh", metadata={"help": "tanh or sigmoid"})
     overlap: int = field(default=0, metadata={"help": "tokens of the last segment that local attention still sees"})
     sink_tokens: int = field(default=0, metadata={"help": "first tokens that local attention always sees"})

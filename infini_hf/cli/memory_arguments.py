@@ -1,0 +1,46 @@
+"""What scripts that train a memory do to a model before: centered channels, and projections of the memory's own."""
+
+from dataclasses import dataclass, field
+
+import torch
+
+from ..cache import infini_config_of
+from ..calibration import add_memory_projections, calibrate_memory
+from ..gate import MemoryGate
+
+
+@dataclass
+class MemoryArguments:
+    """How the memory of a model is prepared, where it was not before."""
+
+    calibration_tokens: int = field(
+        default=16_384,
+        metadata={
+            "help": "tokens of the novels that feature maps exp and softmax are calibrated on, once; 0 for none"
+        },
+    )
+    memory_projections: bool = field(
+        default=False, metadata={"help": "give the memory an affine map of its own of its queries and keys"}
+    )
+    mix_heads: bool = field(
+        default=False, metadata={"help": "a map of the queries and keys of all heads; with memory_projections"}
+    )
+    projected_layers: list[int] | None = field(
+        default=None, metadata={"help": "layers that get memory_projections; by default all"}
+    )
+
+    def prepare(self, model, tokenizer, texts):
+        """Calibrate the memory on the texts and add projections, where they are asked for and the model has none."""
+        if self.calibration_tokens and infini_config_of(model.config).feature_map != "elu" and not centered(model):
+            share = self.calibration_tokens // len(texts)
+            # From inside each novel: the beginnings are titles and prefaces.
+            pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]
+            calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
+        if self.memory_projections:
+            add_memory_projections(model, self.projected_layers, self.mix_heads)
+
+
+def centered(model):
+    """Whether a model was calibrated before: its weights have learned with the shifts it has."""
+    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
+    return any(gate.query_shift is not None or gate.query_projection is not None for gate in gates)
