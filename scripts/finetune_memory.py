@@ -10,7 +10,6 @@ whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `
 import dataclasses
 from dataclasses import dataclass, field
 
-import torch
 from transformers import set_seed
 
 from infini_hf import InfiniTrainingArguments
@@ -33,13 +32,6 @@ class RowArguments(MemoryRowStyle):
         metadata={
             "help": "so many of the lowest layers, and the embeddings, are left as they are: what the memory of "
             "the next layer is asked and written rests too"
-        },
-    )
-    matmul_precision: str = field(
-        default="highest",
-        metadata={
-            "help": "of float32 products: highest, high or medium, which is faster where the processor "
-            "multiplies bfloat16 (with --attn_implementation eager)"
         },
     )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
@@ -70,7 +62,6 @@ def main(argv=None):
         (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
     )
     set_seed(args.seed)
-    torch.set_float32_matmul_precision(row_args.matmul_precision)
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)

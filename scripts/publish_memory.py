@@ -81,31 +81,43 @@ def recipe(configs):
     rows = ["| stage | from | rows | steps | what |", "|---|---|---|---|---|"]
     for path in configs:
         stage = yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8"))
-        lines += [f"    python scripts/finetune_memory.py --config {path} \\", "        --train_folder NOVELS/train"]
+        # A fit of projections has a number of rows, training a number of steps.
+        fits = "max_steps" not in stage
+        script = "fit_projections" if fits else "finetune_memory"
+        lines += [f"    python scripts/{script}.py --config {path} \\", "        --train_folder NOVELS/train"]
         style = {**asdict(MemoryRowStyle()), **stage}
         length = stage.get("segment_length", 128)
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
-        what = [
-            f"dilution to {stage.get('memory_dilution', 1):,}",
-            f"passkeys in {style['passkey_fraction']:.0%} of the rows with facts",
-        ]
-        if stage.get("memory_projections"):
-            what.append("projections of the memory's own")
-        if stage.get("retrieval_weight"):
-            layers = ", ".join(map(str, stage.get("retrieval_layers") or ["all"]))
-            what.append(f"layers {layers} told where answers were stated")
-        if style["novel_lanes"]:
-            what.append(
-                f"{style['novel_lanes']} rows read novels on with the memory carried from row to row, "
-                f"{style['longest_reading']:,} tokens at most"
-            )
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
-        batch = stage["per_device_train_batch_size"]
-        rows.append(
-            f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens "
-            f"| {stage['max_steps']} | {'; '.join(what)} |"
-        )
+        batch, steps, what = (of_fit if fits else of_training)(stage, style)
+        what = "; ".join(what)
+        rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens | {steps} | {what} |")
     return "\n".join([*lines, "", *rows])
+
+
+def of_fit(stage, style):
+    """Rows, steps and the words for a stage of `scripts/fit_projections.py`."""
+    layers = ", ".join(map(str, stage.get("layers") or ["all"]))
+    return stage["rows"], stage["steps"], [f"the memory's projections of layers {layers}, with the weights at rest"]
+
+
+def of_training(stage, style):
+    """Rows of a step, steps and the words for a stage of `scripts/finetune_memory.py`."""
+    what = [
+        f"dilution to {stage.get('memory_dilution', 1):,}",
+        f"passkeys in {style['passkey_fraction']:.0%} of the rows with facts",
+    ]
+    if stage.get("memory_projections"):
+        what.append("projections of the memory's own")
+    if stage.get("retrieval_weight"):
+        layers = ", ".join(map(str, stage.get("retrieval_layers") or ["all"]))
+        what.append(f"layers {layers} told where answers were stated")
+    if style["novel_lanes"]:
+        what.append(
+            f"{style['novel_lanes']} rows read novels on with the memory carried from row to row, "
+            f"{style['longest_reading']:,} tokens at most"
+        )
+    return stage["per_device_train_batch_size"], stage["max_steps"], what
 
 
 def card(output, name, configs):

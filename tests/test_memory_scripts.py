@@ -52,6 +52,33 @@ def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, tmp_path):
     assert any(not torch.equal(before[name], after[name]) for name in gates)
 
 
+def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(novels, tmp_path):
+    options = ["--model", "tiny-llama", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
+    patch = ["--segment_length", "128", "--feature_map", "softmax", "--calibration_tokens", "512"]
+    more = ["--memory_projections", "--mix_heads", "--projected_layers", "2", "--resting_layers", "2"]
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1"]
+    rest = ["--disable_tqdm", "true", "--save_steps", "2", "--longest_reading", "1280", "--warmup_steps", "0"]
+    precision = torch.get_float32_matmul_precision()
+    try:
+        given = [*options, *patch, *more, *small, *rest, "--matmul_precision", "high"]
+        script("finetune_memory").main(["--config", str(STAGE), *given])
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    before = load_file(Path(resolve("tiny-llama")) / "model.safetensors")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    for name, weight in before.items():
+        moved = not torch.equal(weight.float(), after[name])
+        assert moved == ("layers.2" in name or "layers.3" in name or name == "model.norm.weight"), name
+    projections = [name for name in after if name.endswith("query_projection.weight")]
+    assert projections == ["model.layers.2.self_attn.memory_gate.query_projection.weight"]
+    assert after[projections[0]].shape == (8, 8 * 64 + 1, 64)
+    with pytest.raises(ValueError, match=r"matmul_precision=low: must be one of \('highest', 'high', 'medium'\)"):
+        script("finetune_memory").main(["--config", str(STAGE), *options, "--matmul_precision", "low"])
+    with pytest.raises(ValueError, match="resting_layers=4: must be from 0 to 3"):
+        script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
+
+
 def test_projections_are_fitted_stored_and_reported(novels, tmp_path, capsys):
     model = add_memory_projections(
         AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama-infini"), dtype="float32")
@@ -80,11 +107,17 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
         ]
     )
     output = tmp_path / "published"
-    options = ["--configs", str(STAGE), "--samples", str(samples.path)]
+    fit = ROOT / "configs" / "pretrain" / "tiny_llama_facts_4_fit.yaml"
+    options = ["--configs", str(STAGE), str(fit), "--samples", str(samples.path)]
     script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| grass | 4,096 | memory | 2 of 3 | **0.67** |" in card
     assert "| `tiny_llama_infini_2_novels` | `outputs/tiny-llama-infini-1/final` | 16 × 640 tokens | 160 |" in card
+    row = (
+        "| `tiny_llama_facts_4_fit` | `outputs/tiny-llama-facts-3/checkpoint-300` | 480 × 768 to 1,024 tokens | 360 |"
+    )
+    assert f"{row} the memory's projections of layers 2, 3, with the weights at rest |" in card
+    assert f"    python scripts/fit_projections.py --config {fit} " in card
     assert "### passkey, digits 5, seed 3" in card
     ids = torch.arange(2, 302)[None]
     logits = [
