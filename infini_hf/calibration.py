@@ -1,6 +1,6 @@
 """Centering what the memory is asked and written with, so that no constant channel drowns the others.
 
-Keys and queries of pretrained models have channels that are large for every token. Under the exponential feature map
+Keys and queries of pretrained models have channels that are large for every token. Under the exponential feature maps
 such a channel outweighs all others, and the memory returns the mean of everything: an answer that no gradient step
 soon mends. Subtracting the mean of each channel, once, before training, leaves what differs from token to token.
 """
@@ -86,7 +86,7 @@ def add_memory_projections(model, layers=None, mix_heads=False):
         layers (`list[int]`, *optional*): indices of the patched layers whose memory gets them; all by default.
         mix_heads (`bool`, *optional*, defaults to `False`): map the states of all heads of a layer together. What
             tells tokens apart then need not lie in the few channels that a head has for its local attention; it
-            costs `num_heads` times the weights.
+            costs as many times the weights as there are heads.
 
     Returns:
         `PreTrainedModel`: the same object.
@@ -97,8 +97,12 @@ def add_memory_projections(model, layers=None, mix_heads=False):
     patched = [layer for layer in require_patched(model).modules() if isinstance(layer, InfiniAttention)]
     indices = {layer.layer_idx for layer in patched}
     wanted = indices if layers is None else set(layers)
-    if absent := sorted(wanted - indices):
-        raise ValueError(f"layers={layers}: {absent} are not among the patched {sorted(indices)}")
+    absent = sorted(wanted - indices)
+    if absent or not wanted:
+        raise ValueError(
+            f"layers={layers}: {absent or 'none'} are not among the patched {sorted(indices)}: name patched layers, "
+            "or leave it out for all"
+        )
     for layer in patched:
         gate = layer.memory_gate
         if layer.layer_idx not in wanted or gate.query_projection is not None:

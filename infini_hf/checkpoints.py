@@ -81,7 +81,8 @@ def describe(trainer):
     return {
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
-        "projections": any(isinstance(module, HeadProjection) for module in trainer.model.modules()),
+        "projections": projections_of(trainer.model),
+        "resting": sorted(name for name, part in trainer.model.named_parameters() if not part.requires_grad),
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
         "processes": args.world_size,
@@ -89,6 +90,17 @@ def describe(trainer):
         "dilution": trainer.dilution.state(),
         "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
     }
+
+
+def projections_of(model):
+    """The sizes of the memory's own projections, by their names."""
+    found = {name: module for name, module in model.named_modules() if isinstance(module, HeadProjection)}
+    return {name: list(module.weight.shape) for name, module in found.items()}
+
+
+def said(projections):
+    """Projections in a few words."""
+    return f"{len(projections)} places, as {next(iter(projections.items()))}" if projections else "no place"
 
 
 def check_resume(folder, trainer):
@@ -110,11 +122,17 @@ def check_resume(folder, trainer):
             f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
             "resume, or load the weights and start a new run"
         )
-    if theirs.get("projections", False) != ours["projections"]:
-        has, has_not = ("checkpoint", "model") if theirs.get("projections") else ("model", "checkpoint")
+    if theirs["projections"] != ours["projections"]:
         raise ValueError(
-            f"{folder}: the {has} has projections of the memory's own and the {has_not} has none: resume with the "
-            "same (infini_hf.calibration.add_memory_projections), or start a new run from its weights"
+            f"{folder}: the checkpoint has projections of the memory's own in {said(theirs['projections'])}, and the "
+            f"model in {said(ours['projections'])}: resume with the same "
+            "(infini_hf.calibration.add_memory_projections), or start a new run from its weights"
+        )
+    if theirs.get("resting", ours["resting"]) != ours["resting"]:
+        other = sorted(set(theirs["resting"]) ^ set(ours["resting"]))
+        raise ValueError(
+            f"{folder}: {len(other)} parameters, as {other[0]}, are trained in one of the checkpoint and this run and "
+            "rest in the other: resume with the same, or start a new run from its weights"
         )
     if theirs["carry_memory"] != ours["carry_memory"]:
         raise ValueError(

@@ -113,7 +113,7 @@ class HeadProjection(nn.Module):
 
 
 def affine(states, weight):
-    """`(..., heads, n, head_dim)` through the weight of a [`HeadProjection`], to the same shape."""
+    """`(..., heads, n, head_dim)` through the weight of a [`HeadProjection`], whose last size the result has."""
     heads, inputs, dim = weight.shape
     if inputs - 1 == states.shape[-1]:
         return states @ weight[:, :-1] + weight[:, -1:]

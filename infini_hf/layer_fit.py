@@ -34,22 +34,24 @@ class LayerFit:
 
     def inside(self, name, weight):
         """A map of states, the weight of a [`HeadProjection`], as one of scaled states."""
-        weight = weight.detach().cpu().float()
+        # In float64: means may be large, and products of float32 rounded to bfloat16.
+        weight = weight.detach().cpu().double()
         mean, scale = self.scaling_of_inputs(name, weight)
         bias = weight[:, -1] + torch.einsum("hd,hdc->hc", mean, weight[:, :-1])
-        return torch.cat([weight[:, :-1] * scale[..., None], bias[:, None]], dim=1).requires_grad_()
+        return torch.cat([weight[:, :-1] * scale[..., None], bias[:, None]], dim=1).float().requires_grad_()
 
     def outside(self, name, weight):
         """The inverse of `inside`."""
+        weight = weight.detach().double()
         mean, scale = self.scaling_of_inputs(name, weight)
-        linear = weight.detach()[:, :-1] / scale[..., None]
-        bias = weight.detach()[:, -1] - torch.einsum("hd,hdc->hc", mean, linear)
-        return torch.cat([linear, bias[:, None]], dim=1)
+        linear = weight[:, :-1] / scale[..., None]
+        bias = weight[:, -1] - torch.einsum("hd,hdc->hc", mean, linear)
+        return torch.cat([linear, bias[:, None]], dim=1).float()
 
     def scaling_of_inputs(self, name, weight):
         """Mean and scale of what each head's map is of, `(heads, inputs)` both."""
         (mean, scale), (heads, inputs, _) = self.scaling[name], weight.shape
-        scale = scale[:, None].expand_as(mean)
+        mean, scale = mean.to(weight), scale.to(weight)[:, None].expand_as(mean)
         if inputs - 1 == mean.shape[1]:
             return mean, scale
         return mean.reshape(1, -1).expand(heads, -1), scale.reshape(1, -1).expand(heads, -1)

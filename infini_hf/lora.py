@@ -233,8 +233,9 @@ def make_room(model, shapes, undo):
             undo.callback(setattr, gate, part, getattr(gate, part))
         shifts, projections = ([f"{PREFIX}{path}.{name}" for name in names] for names in (SHIFTS, PROJECTIONS))
         if projections[1] in shapes:
-            heads, inputs, dim = shapes[projections[1]]
-            gate.add_projections(heads, dim, mix_heads=inputs - 1 != dim)
+            # A single KV head has no others to be mixed with: the queries tell.
+            _, inputs, dim = shapes[projections[0]]
+            gate.add_projections(shapes[projections[1]][0], dim, mix_heads=inputs - 1 != dim)
         elif shifts[0] in shapes and gate.query_shift is None:
             gate.set_shifts(*(torch.zeros(shapes[key]) for key in shifts))
 

@@ -70,7 +70,9 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
 
     Returns:
         `dict`: of the rows kept out, `told` (how many tokens they ask for), and of `before` and `after` each a dict of
-        `votes` (share of the tokens that the layers' summed votes find) and by layer `votes` and `share`.
+        `votes` (share of the tokens whose source has the most of the layers' summed votes), `tokens` (of those where
+        all places of the token together have the most: what reads the memory gets no places) and by layer `votes`,
+        `tokens` and `share`.
 
     Raises:
         ValueError: when the model is not patched, has no projections or another feature map or rule, `layers` or
@@ -143,14 +145,18 @@ def optimize(fits, rows, weights, settings, generator, progress):
 
 @torch.no_grad()
 def measure(fits, rows):
-    """How often the source has the most votes, in each layer and in all together, and its share."""
-    right, shares, count = torch.zeros(len(fits) + 1), torch.zeros(len(fits)), 0
+    """How often the source, and its token, have the most votes, in each layer and in all together, and its share."""
+    right, known, shares, count = torch.zeros(len(fits) + 1), torch.zeros(len(fits) + 1), torch.zeros(len(fits)), 0
     for row in rows:
         parts, own = [fit.shares(row) for fit in fits], torch.arange(len(row.target))
         votes = [part.sum(1) for part in parts]
-        right += torch.stack([(part.argmax(1) == row.target).sum() for part in (*votes, sum(votes))])
+        kinds, kind_of = row.ids.unique(return_inverse=True)
+        for index, part in enumerate((*votes, sum(votes))):
+            by_kind = part.new_zeros(len(part), len(kinds)).index_add_(1, kind_of, part)
+            right[index] += (part.argmax(1) == row.target).sum()
+            known[index] += (by_kind.argmax(1) == kind_of[row.target]).sum()
         shares += torch.stack([part.mean(1)[own, row.target].sum() for part in parts])
         count += len(own)
-    found, shares = (right / max(1, count)).tolist(), (shares / max(1, count)).tolist()
-    by_layer = {fit.index: {"votes": found[i], "share": shares[i]} for i, fit in enumerate(fits)}
-    return {"votes": found[-1], "layers": by_layer}
+    found, known, shares = ((part / max(1, count)).tolist() for part in (right, known, shares))
+    by_layer = {fit.index: {"votes": found[i], "tokens": known[i], "share": shares[i]} for i, fit in enumerate(fits)}
+    return {"votes": found[-1], "tokens": known[-1], "layers": by_layer}

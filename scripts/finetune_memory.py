@@ -27,34 +27,11 @@ from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
 class RowArguments(MemoryRowStyle):
     """The rows: see infini_hf.data.memory_rows."""
 
-    resting_layers: int = field(
-        default=0,
-        metadata={
-            "help": "so many of the lowest layers, and the embeddings, are left as they are: what the memory of "
-            "the next layer is asked and written rests too"
-        },
-    )
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
     def style(self):
         names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
         return MemoryRowStyle(**{name: getattr(self, name) for name in names})
-
-
-def rest(model, layers):
-    """Leave the embeddings and the lowest `layers` as they are.
-
-    Raises:
-        ValueError: when that leaves no layer, or is below 0.
-    """
-    decoder = model.get_decoder()
-    if not 0 <= layers < len(decoder.layers):
-        raise ValueError(
-            f"resting_layers={layers}: must be from 0 to {len(decoder.layers) - 1}, one less than there are"
-        )
-    if layers:
-        for module in (decoder.embed_tokens, *decoder.layers[:layers]):
-            module.requires_grad_(False)
 
 
 def main(argv=None):
@@ -65,7 +42,7 @@ def main(argv=None):
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)
-    rest(model, row_args.resting_layers)
+    memory_args.rest(model)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,

@@ -8,6 +8,7 @@ The weights come first, since what is measured has to be what ships. The card th
 of `infini-hf passkey`, and those of `scripts/evaluate.py`, with the commands that made them.
 """
 
+import re
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -79,8 +80,8 @@ def recipe(configs):
     """How the model was trained, from the YAML files of its stages."""
     lines = ["`NOVELS/train` is a folder of plain-text novels; each stage goes on from the one before.", ""]
     rows = ["| stage | from | rows | steps | what |", "|---|---|---|---|---|"]
-    for path in configs:
-        stage = yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8"))
+    stages = [yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8")) for path in configs]
+    for path, stage, after in zip(configs, stages, [*stages[1:], {}], strict=True):
         # A fit of projections has a number of rows, training a number of steps.
         fits = "max_steps" not in stage
         script = "fit_projections" if fits else "finetune_memory"
@@ -90,7 +91,8 @@ def recipe(configs):
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
         batch, steps, what = (of_fit if fits else of_training)(stage, style)
-        what = "; ".join(what)
+        what, left = "; ".join(what), re.search(r"/checkpoint-(\d+)$", after.get("model", ""))
+        steps = f"{left[1]} of {steps}" if left else steps
         rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens | {steps} | {what} |")
     return "\n".join([*lines, "", *rows])
 
@@ -98,7 +100,11 @@ def recipe(configs):
 def of_fit(stage, style):
     """Rows, steps and the words for a stage of `scripts/fit_projections.py`."""
     layers = ", ".join(map(str, stage.get("layers") or ["all"]))
-    return stage["rows"], stage["steps"], [f"the memory's projections of layers {layers}, with the weights at rest"]
+    kind = ", of all heads together" if stage.get("mix_heads") else ""
+    what = [f"the memory's projections of layers {layers}{kind}, with the weights at rest"]
+    if "feature_map" in stage:
+        what.append(f"feature map {stage['feature_map']} from here on")
+    return stage.get("rows", 640), stage.get("steps", 1000), what
 
 
 def of_training(stage, style):

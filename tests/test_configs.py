@@ -24,6 +24,7 @@ from infini_hf import InfiniTrainingArguments, patch_model
 from infini_hf.assets import shipped
 from infini_hf.attention import InfiniAttention
 from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.script_arguments import DocumentArguments, LoraArguments, ModelArguments
 
 ROOT = Path(__file__).parent.parent
@@ -121,8 +122,18 @@ def argument_classes(name):
             script(name).PairArguments,
             InfiniTrainingArguments,
         ),
-        "finetune_memory": lambda: (ModelArguments, script(name).RowArguments, InfiniTrainingArguments),
-        "fit_projections": lambda: (ModelArguments, script(name).FitArguments, script(name).FitSettings),
+        "finetune_memory": lambda: (
+            ModelArguments,
+            MemoryArguments,
+            script(name).RowArguments,
+            InfiniTrainingArguments,
+        ),
+        "fit_projections": lambda: (
+            ModelArguments,
+            MemoryArguments,
+            script(name).FitArguments,
+            script(name).FitSettings,
+        ),
         "pretrain_base": lambda: (script(name).BaseArguments, TrainingArguments),
         "summarize": lambda: (ModelArguments, script(name).SummaryArguments),
         "evaluate": lambda: (script(name).OptionalModel, script(name).EvaluationArguments),

@@ -7,7 +7,7 @@ from models import relative_error
 from infini_hf import memory, memory_maps
 
 LENGTH = 6
-FEATURES = ("elu", "exp")
+FEATURES = ("elu", "exp", "softmax")
 
 
 def states(segments, batch=2, heads=3, dim=8, seed=0):

@@ -40,11 +40,11 @@ def projected(family="llama", mix_heads=False, **options):
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
-@pytest.mark.parametrize("kind", ["elu", "exp"])
+@pytest.mark.parametrize("kind", ["elu", "exp", "softmax"])
 @pytest.mark.parametrize("mix_heads", [False, True])
 def test_untrained_projections_change_nothing(family, kind, mix_heads):
     model, ids = build_patched(family, **{**OPTIONS, "feature_map": kind}), random_ids(2, 40)
-    if kind == "exp":
+    if kind != "elu":
         calibrate_memory(model, random_ids(1, 64))
     before = logits_of(model, ids)
     assert add_memory_projections(model, mix_heads=mix_heads) is model
@@ -72,6 +72,8 @@ def test_some_layers_alone_get_them():
     before = logits_of(model, ids)
     gates_of(model)[1].key_projection.weight.data += 0.1 * torch.randn(gates_of(model)[1].key_projection.weight.shape)
     assert relative_error(logits_of(model, ids), before) > 1e-3
+    with pytest.raises(ValueError, match=r"layers=\[\]: none are not among"):
+        add_memory_projections(model, layers=[])
     with pytest.raises(ValueError, match=r"layers=\[1, 7\]: \[7\] are not among the patched \[0, 1\]"):
         add_memory_projections(model, layers=[1, 7])
 
@@ -142,15 +144,17 @@ def build_fresh():
     return patch_model(build("llama"), InfiniConfig(**OPTIONS))
 
 
+@pytest.mark.parametrize("kv_heads", [3, 1])
 @pytest.mark.parametrize("mix_heads", [False, True])
-def test_an_adapter_brings_them_along(tmp_path, mix_heads):
-    model, ids = projected(mix_heads=mix_heads), random_ids(2, 40, seed=1)
+def test_an_adapter_brings_them_along(tmp_path, mix_heads, kv_heads):
+    shape = {"num_key_value_heads": kv_heads}
+    model, ids = projected(mix_heads=mix_heads, overrides=shape), random_ids(2, 40, seed=1)
     adapted = get_peft_model(model, lora_config(model, r=2, target_modules=["q_proj"])).eval()
     trained = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     assert any("query_projection" in name for name in trained)
     expected = logits_of(adapted, ids)
     adapted.save_pretrained(tmp_path)
-    loaded = load_adapter(build("llama"), tmp_path).eval()
+    loaded = load_adapter(build("llama", **shape), tmp_path).eval()
     assert torch.equal(logits_of(loaded, ids), expected)
     assert relative_error(logits_of(loaded.merge_and_unload(), ids), expected) < 1e-5
 
@@ -211,11 +215,13 @@ def test_a_memory_that_was_read_through_others_is_refused(tmp_path):
 
 
 def test_a_run_is_resumed_with_them_or_not_at_all(tmp_path):
-    def trainer(projections=True, folder="run", **options):
+    def trainer(projections=True, folder="run", mix_heads=False, **options):
         model = tiny_model(feature_map="exp")
         options = {"max_steps": 4, "save_strategy": "steps", "save_steps": 2, **options}
         return make_trainer(
-            tmp_path / folder, model=add_memory_projections(model) if projections else model, **options
+            tmp_path / folder,
+            model=add_memory_projections(model, mix_heads=mix_heads) if projections else model,
+            **options,
         )
 
     whole = trainer()
@@ -224,7 +230,14 @@ def test_a_run_is_resumed_with_them_or_not_at_all(tmp_path):
     resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
-    with pytest.raises(ValueError, match="the checkpoint has projections of the memory's own and the model has none"):
+    mixed = trainer(mix_heads=True)
+    with pytest.raises(ValueError, match=r"\[4, 9, 8\]\), and the model in 4 places, as .*\[4, 33, 8\]"):
+        mixed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    rested = trainer()
+    rested.model.model.embed_tokens.requires_grad_(False)
+    with pytest.raises(ValueError, match=r"1 parameters, as model\.embed_tokens\.weight, are trained in one"):
+        rested.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    with pytest.raises(ValueError, match=r"own in 4 places, as \('model.*and the model in no place"):
         trainer(projections=False).train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
 
 

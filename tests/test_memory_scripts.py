@@ -72,7 +72,12 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         assert moved == ("layers.2" in name or "layers.3" in name or name == "model.norm.weight"), name
     projections = [name for name in after if name.endswith("query_projection.weight")]
     assert projections == ["model.layers.2.self_attn.memory_gate.query_projection.weight"]
-    assert after[projections[0]].shape == (8, 8 * 64 + 1, 64)
+    weight = after[projections[0]]
+    assert weight.shape == (8, 8 * 64 + 1, 64)
+    # Of other heads a head begins with nothing.
+    assert all(weight[head, 64 * other : 64 * (other + 1)].any() for head in range(8) for other in range(8))
+    gates = [after[f"model.layers.{index}.self_attn.memory_gate.bias"].any().item() for index in range(4)]
+    assert gates == [False, False, True, True]
     with pytest.raises(ValueError, match=r"matmul_precision=low: must be one of \('highest', 'high', 'medium'\)"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--matmul_precision", "low"])
     with pytest.raises(ValueError, match="resting_layers=4: must be from 0 to 3"):
@@ -90,8 +95,8 @@ def test_projections_are_fitted_stored_and_reported(novels, tmp_path, capsys):
     config = ROOT / "configs" / "pretrain" / "tiny_llama_told_3_fit.yaml"
     more = ["--least_segments", "3", "--train_folder", str(novels)]
     report = script("fit_projections").main(["--config", str(config), *options, *small, *more])
-    told = f"| together | {report['before']['votes']:.3f} | {report['after']['votes']:.3f} |"
-    assert told in capsys.readouterr().out
+    cells = [report[when][name] for name in ("votes", "tokens") for when in ("before", "after")]
+    assert "| together | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |" in capsys.readouterr().out
     before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("model", "fitted"))
     moved = {name for name in before if not torch.equal(before[name], after[name])}
     parts = ("query_projection", "key_projection")

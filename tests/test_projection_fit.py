@@ -9,7 +9,7 @@ from infini_hf import unpatch_model
 from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections
 from infini_hf.layer_fit import LayerFit
-from infini_hf.projection_fit import FitSettings, fit_memory_projections
+from infini_hf.projection_fit import FitSettings, fit_memory_projections, measure
 from infini_hf.told_rows import compact, read_told_rows
 
 SEGMENT = 8
@@ -128,6 +128,28 @@ def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
     fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
     votes = [(sum(fit.shares(row).sum(1) for fit in fits).argmax(1) == row.target).float() for row in gathered]
     assert torch.cat(votes).mean().item() == pytest.approx(report["after"]["votes"], abs=0.02)
+
+
+def test_places_of_one_token_are_counted_together():
+    """Counted one by one, in rows where a value stands at another place too."""
+    model, rows = model_with_projections(), pairs(6)
+    for row in rows:
+        row["input_ids"][[12, 15, 18]] = row["input_ids"][[5, 2, 10]]
+    gathered = read_told_rows(model, layers_of(model), rows)
+    fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
+    right = total = 0
+    for row in gathered:
+        votes = sum(fit.shares(row).sum(1) for fit in fits)
+        for asked, target in enumerate(row.target.tolist()):
+            counted = {}
+            for place, token in enumerate(row.ids.tolist()):
+                counted[token] = counted.get(token, 0.0) + votes[asked, place].item()
+            right += max(counted, key=counted.get) == row.ids[target].item()
+            total += 1
+    found = measure(fits, gathered)
+    assert found["tokens"] == pytest.approx(right / total)
+    assert found["tokens"] != found["votes"]
+    assert found["layers"][1]["tokens"] == measure(fits[1:], gathered)["tokens"]
 
 
 def test_a_fit_is_the_same_for_the_same_seed():

@@ -1,4 +1,4 @@
-"""What scripts that train a memory do to a model before: centered channels, and projections of the memory's own."""
+"""What scripts that train a memory do to a model before: centered channels, projections of its own, layers at rest."""
 
 from dataclasses import dataclass, field
 
@@ -29,6 +29,26 @@ class MemoryArguments:
         default=None, metadata={"help": "layers that get memory_projections; by default all"}
     )
 
+    resting_layers: int = field(
+        default=0,
+        metadata={
+            "help": "so many of the lowest layers, their memory included, are left as they are in training, and so "
+            "are the embeddings, with the output head where it is tied to them"
+        },
+    )
+
+    def __post_init__(self):
+        if not self.memory_projections and (self.mix_heads or self.projected_layers is not None):
+            raise ValueError(
+                f"mix_heads={self.mix_heads}, projected_layers={self.projected_layers}: say which memory_projections "
+                "are added; give memory_projections too"
+            )
+        if early := [index for index in self.projected_layers or () if index < self.resting_layers]:
+            raise ValueError(
+                f"projected_layers={self.projected_layers} with resting_layers={self.resting_layers}: the projections "
+                f"of {early} would never learn; rest fewer layers, or project those above"
+            )
+
     def prepare(self, model, tokenizer, texts):
         """Calibrate the memory on the texts and add projections, where they are asked for and the model has none."""
         if self.calibration_tokens and infini_config_of(model.config).feature_map != "elu" and not centered(model):
@@ -38,6 +58,22 @@ class MemoryArguments:
             calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
         if self.memory_projections:
             add_memory_projections(model, self.projected_layers, self.mix_heads)
+
+    def rest(self, model):
+        """Leave the embeddings and the lowest layers as they are.
+
+        Raises:
+            ValueError: when that leaves no layer, or is below 0.
+        """
+        decoder = model.get_decoder()
+        if not 0 <= self.resting_layers < len(decoder.layers):
+            raise ValueError(
+                f"resting_layers={self.resting_layers}: must be from 0 to {len(decoder.layers) - 1}, one less than "
+                "there are"
+            )
+        if self.resting_layers:
+            for module in (decoder.embed_tokens, *decoder.layers[: self.resting_layers]):
+                module.requires_grad_(False)
 
 
 def centered(model):

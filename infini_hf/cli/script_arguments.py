@@ -54,7 +54,7 @@ class ModelArguments:
             torch.set_num_threads(self.threads)
         if self.matmul_precision is not None:
             if self.matmul_precision not in MATMUL_PRECISIONS:
-                raise ValueError(f"matmul_precision={self.matmul_precision}: must be one of {MATMUL_PRECISIONS}")
+                raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
             torch.set_float32_matmul_precision(self.matmul_precision)
         name = find_model(self.model)
         if self.attn_implementation is not None:

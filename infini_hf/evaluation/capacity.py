@@ -67,7 +67,7 @@ def write_facts(keys, values, rule, feature_map, per_write=1, state=None):
         keys (`torch.Tensor`): `(seeds, 1, facts, head_dim)`.
         values (`torch.Tensor`): the same shape.
         rule (`str`): `"linear"` or `"delta"`.
-        feature_map (`str`): `"elu"` or `"exp"`.
+        feature_map (`str`): `"elu"`, `"exp"` or `"softmax"`.
         per_write (`int`, *optional*, defaults to `1`): facts in one update.
         state (`tuple`, *optional*): M and z to go on from; empty by default.
 
@@ -138,7 +138,7 @@ def measure(facts, rule, feature_map, per_write=1, filler=None):
     Args:
         facts ([`Facts`]): the facts.
         rule (`str`): `"linear"`, `"delta"`, or `"best"`: the best matrix for the facts, whatever wrote it.
-        feature_map (`str`): `"elu"` or `"exp"`.
+        feature_map (`str`): `"elu"`, `"exp"` or `"softmax"`.
         per_write (`int`, *optional*, defaults to `1`): facts, and fillers, in one update.
         filler (`tuple`, *optional*): keys and values `(seeds, 1, tokens, head_dim)` that are written afterwards.
 
