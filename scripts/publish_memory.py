@@ -91,7 +91,7 @@ def recipe(configs):
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
         batch, steps, what = (of_fit if fits else of_training)(stage, style)
-        what, left = "; ".join(what), re.search(r"/checkpoint-(\d+)$", after.get("model", ""))
+        what, left = "; ".join(what), re.fullmatch(rf"{stage['output_dir']}/checkpoint-(\d+)", after.get("model", ""))
         steps = f"{left[1]} of {steps}" if left else steps
         rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens | {steps} | {what} |")
     return "\n".join([*lines, "", *rows])

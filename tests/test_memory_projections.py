@@ -231,7 +231,7 @@ def test_a_run_is_resumed_with_them_or_not_at_all(tmp_path):
     for ours, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     mixed = trainer(mix_heads=True)
-    with pytest.raises(ValueError, match=r"\[4, 9, 8\]\), and the model in 4 places, as .*\[4, 33, 8\]"):
+    with pytest.raises(ValueError, match=r"\[6, 9, 8\]\), and the model in 4 places, as .*\[6, 49, 8\]"):
         mixed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
     rested = trainer()
     rested.model.model.embed_tokens.requires_grad_(False)

@@ -78,7 +78,7 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
     assert all(weight[head, 64 * other : 64 * (other + 1)].any() for head in range(8) for other in range(8))
     gates = [after[f"model.layers.{index}.self_attn.memory_gate.bias"].any().item() for index in range(4)]
     assert gates == [False, False, True, True]
-    with pytest.raises(ValueError, match=r"matmul_precision=low: must be one of \('highest', 'high', 'medium'\)"):
+    with pytest.raises(ValueError, match=r"matmul_precision='low': must be one of \('highest', 'high', 'medium'\)"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--matmul_precision", "low"])
     with pytest.raises(ValueError, match="resting_layers=4: must be from 0 to 3"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
@@ -113,7 +113,8 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     )
     output = tmp_path / "published"
     fit = ROOT / "configs" / "pretrain" / "tiny_llama_facts_4_fit.yaml"
-    options = ["--configs", str(STAGE), str(fit), "--samples", str(samples.path)]
+    before = fit.with_name("tiny_llama_facts_3_memory.yaml")
+    options = ["--configs", str(STAGE), str(before), str(fit), "--samples", str(samples.path)]
     script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| grass | 4,096 | memory | 2 of 3 | **0.67** |" in card
@@ -123,6 +124,10 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     )
     assert f"{row} the memory's projections of layers 2, 3, with the weights at rest |" in card
     assert f"    python scripts/fit_projections.py --config {fit} " in card
+    # The next stage goes on from the middle of it.
+    assert (
+        "| `tiny_llama_facts_3_memory` | `outputs/tiny-llama-facts-2` | 32 × 256 to 768 tokens | 300 of 600 |" in card
+    )
     assert "### passkey, digits 5, seed 3" in card
     ids = torch.arange(2, 302)[None]
     logits = [

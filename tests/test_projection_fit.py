@@ -123,7 +123,7 @@ def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
     report = fit_memory_projections(model, rows, anew=anew, settings=settings, progress=False)
     assert report["told"] == 60
     assert report["before"]["votes"] < 0.4
-    assert report["after"]["votes"] > 0.8
+    assert report["after"]["votes"] > 0.7
     gathered = read_told_rows(model, layers_of(model), rows[::16])
     fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
     votes = [(sum(fit.shares(row).sum(1) for fit in fits).argmax(1) == row.target).float() for row in gathered]
