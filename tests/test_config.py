@@ -16,7 +16,7 @@ INVALID = [
     ({"segment_length": None}, "segment_length=None: must be a whole number, not a NoneType"),
     ({"memory_update": "hebb"}, "memory_update='hebb': must be one of 'linear', 'delta'"),
     ({"memory_update": None}, "memory_update=None: must be one of 'linear', 'delta'"),
-    ({"feature_map": "relu"}, "feature_map='relu': must be one of 'elu', 'exp'"),
+    ({"feature_map": "relu"}, "feature_map='relu': must be one of 'elu', 'exp', 'softmax'"),
     ({"gate": "relu"}, "gate='relu': must be one of 'tanh', 'sigmoid'"),
     ({"segment_length": 8, "overlap": 9}, "overlap=9: must be at most segment_length=8"),
     ({"overlap": -1}, "overlap=-1: must be at least 0"),
