@@ -81,7 +81,7 @@ def describe(trainer):
     return {
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
-        "projections": projections_of(trainer.model),
+        "projection_sizes": projections_of(trainer.model),
         "resting": sorted(name for name, part in trainer.model.named_parameters() if not part.requires_grad),
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
@@ -122,10 +122,11 @@ def check_resume(folder, trainer):
             f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
             "resume, or load the weights and start a new run"
         )
-    if theirs["projections"] != ours["projections"]:
+    was, now = (side.get("projection_sizes", ours["projection_sizes"]) for side in (theirs, ours))
+    if was != now:
         raise ValueError(
-            f"{folder}: the checkpoint has projections of the memory's own in {said(theirs['projections'])}, and the "
-            f"model in {said(ours['projections'])}: resume with the same "
+            f"{folder}: the checkpoint has projections of the memory's own in {said(was)}, and the model in "
+            f"{said(now)}: resume with the same "
             "(infini_hf.calibration.add_memory_projections), or start a new run from its weights"
         )
     if theirs.get("resting", ours["resting"]) != ours["resting"]:

@@ -119,11 +119,11 @@ def test_no_step_leaves_the_projections_where_they_were(mix_heads):
 def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
     """In rows that were kept out, and the report is what the model that comes out shows."""
     model = model_with_projections(mix_heads=mix_heads, feature_map=kind)
-    rows, settings = pairs(320), FitSettings(steps=300, batch_size=8)
+    rows, settings = pairs(320), FitSettings(steps=600 if kind == "softmax" else 300, batch_size=8)
     report = fit_memory_projections(model, rows, anew=anew, settings=settings, progress=False)
     assert report["told"] == 60
     assert report["before"]["votes"] < 0.4
-    assert report["after"]["votes"] > 0.7
+    assert report["after"]["votes"] > 0.8
     gathered = read_told_rows(model, layers_of(model), rows[::16])
     fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
     votes = [(sum(fit.shares(row).sum(1) for fit in fits).argmax(1) == row.target).float() for row in gathered]

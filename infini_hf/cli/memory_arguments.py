@@ -28,7 +28,6 @@ class MemoryArguments:
     projected_layers: list[int] | None = field(
         default=None, metadata={"help": "layers that get memory_projections; by default all"}
     )
-
     resting_layers: int = field(
         default=0,
         metadata={

@@ -37,7 +37,7 @@ class ModelArguments:
         default=None,
         metadata={
             "help": "of float32 products: highest, high or medium; on CPUs that multiply bfloat16, medium with "
-            "attn_implementation eager is the fastest to train"
+            "attn_implementation eager was the fastest to train"
         },
     )
 
