@@ -15,7 +15,7 @@ from .attention import InfiniAttention
 from .cache import infini_config_of
 from .layer_fit import LayerFit, drawn
 from .streaming import require_patched
-from .told_rows import read_told_rows, tracked
+from .told_rows import read_told_rows, thinned, tracked
 
 # Of so many rows one is kept out, to see what the fit is worth.
 KEPT_OUT = 16
@@ -32,7 +32,11 @@ class FitSettings:
         batch_size (`int`, *optional*, defaults to `8`): rows in a step.
         filler (`float`, *optional*, defaults to `10.0`): as how many tokens each token counts that no row is asked
             for: what is fitted on short rows is to be used on long ones.
+        filler_kept (`float`, *optional*, defaults to `1.0`): share of these tokens that is drawn to stand for all, in
+            the rows that are fitted; a step takes the less time, and what they count together is the same.
         start_steps (`int`, *optional*, defaults to `200`): steps that a fresh start takes.
+        loss (`str`, *optional*, defaults to `"votes"`): `"votes"`, each place against the source, or `"tokens"`, each
+            token with all its places together.
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
     """
 
@@ -40,13 +44,19 @@ class FitSettings:
     learning_rate: float = 1e-2
     batch_size: int = 8
     filler: float = 10.0
+    filler_kept: float = 1.0
     start_steps: int = 200
+    loss: str = "votes"
     seed: int = 0
 
     def __post_init__(self):
         for name, least in (("steps", 4), ("batch_size", 1), ("start_steps", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
+        if self.loss not in losses.LOSSES[1:]:
+            raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(map(repr, losses.LOSSES[1:]))}")
+        if not 0 < self.filler_kept <= 1:
+            raise ValueError(f"filler_kept={self.filler_kept}: must be above 0, and at most 1, which is all of it")
         for name in ("learning_rate", "filler"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
@@ -88,8 +98,7 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
         )
     generator = torch.Generator().manual_seed(settings.seed)
     fits = [LayerFit(layer, fitted) for layer in chosen]
-    asked = torch.cat([row.ids[row.target] for row in told]).unique()
-    weights = {id(row): torch.where(torch.isin(row.ids, asked), 1.0, settings.filler) for row in told}
+    fitted, weights = weighted(fitted, settings, generator)
     before = measure(fits, kept)
     with torch.enable_grad():
         for fit in fits:
@@ -123,6 +132,17 @@ def layers_to_fit(inner, layers, anew):
     return [patched[index] for index in wanted]
 
 
+def weighted(rows, settings, generator):
+    """The rows, thinned as the settings say, and by the `id` of each how often its tokens count, `(seq_len,)`."""
+    asked = torch.cat([row.ids[row.target] for row in rows]).unique()
+    known = [torch.isin(row.ids, asked) for row in rows]
+    if settings.filler_kept < 1:
+        pairs = [thinned(row, part, settings.filler_kept, generator) for row, part in zip(rows, known, strict=True)]
+        rows, known = zip(*pairs, strict=True)
+    times = settings.filler / settings.filler_kept
+    return rows, {id(row): torch.where(part, 1.0, times) for row, part in zip(rows, known, strict=True)}
+
+
 def optimize(fits, rows, weights, settings, generator, progress):
     """Adam on the votes of each layer and of all together."""
     parameters = [part for fit in fits for part in (fit.query, fit.key)]
@@ -130,13 +150,19 @@ def optimize(fits, rows, weights, settings, generator, progress):
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, settings.learning_rate, total_steps=settings.steps, pct_start=max(0.05, 2 / settings.steps)
     )
+
+    def loss_of(votes, row):
+        if settings.loss == "tokens":
+            return losses.token_loss(votes, row.ids, row.target)
+        return losses.vote_loss(votes, row.target)
+
     for _ in tracked(range(settings.steps), progress, "fitting projections"):
         loss = 0.0
         for row in drawn(rows, settings.batch_size, generator):
             votes = [fit.shares(row, weights[id(row)]).sum(1).masked_fill(~row.held, -torch.inf) for fit in fits]
             # A layer alone is to have the margin that all have together.
-            parts = [losses.vote_loss(len(fits) * part, row.target) for part in votes]
-            loss = loss + losses.vote_loss(sum(votes), row.target) + sum(parts) / len(parts)
+            parts = [loss_of(len(fits) * part, row) for part in votes]
+            loss = loss + loss_of(sum(votes), row) + sum(parts) / len(parts)
         optimizer.zero_grad()
         (loss / settings.batch_size).backward()
         optimizer.step()

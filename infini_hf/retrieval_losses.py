@@ -8,7 +8,7 @@ a told token could be read from (those that its row's memory holds), `target` `(
 import torch
 from torch.nn import functional as F
 
-LOSSES = ("share", "votes")
+LOSSES = ("share", "votes", "tokens")
 # -log of a share that has vanished stays finite.
 SMALLEST_SHARE = 1e-12
 # By which the votes of a layer's heads, of which each has one to give, are scaled before they are compared.
@@ -37,6 +37,25 @@ def votes_of(mapped_queries, mapped_keys, total, held):
 def vote_loss(votes, target):
     """The cross-entropy of the votes: a head may err where the others do not."""
     return F.cross_entropy(VOTE_SCALE * votes, target, reduction="sum")
+
+
+def token_loss(votes, tokens, target):
+    """The cross-entropy of the source's votes against those of each token, all its places together.
+
+    What reads the memory gets no places: it is not enough that the source has the most votes where three places that
+    hold one other token have more. Places that hold the source's own token are no help and count as another token.
+
+    Args:
+        votes (`torch.Tensor`): `(n, m)` float32, -inf where not held.
+        tokens (`torch.Tensor`): `(m,)` or `(n, m)` int64: what each place holds.
+        target (`torch.Tensor`): `(n,)` int64: which place is the source.
+    """
+    kinds, kind_of = tokens.unique(return_inverse=True)
+    kind_of, own, held = kind_of.expand_as(votes), target[:, None], votes.isfinite()
+    source = votes.gather(1, own)
+    rest, there = votes.masked_fill(~held, 0.0).scatter(1, own, 0.0), held.float().scatter(1, own, 0.0)
+    rest, there = (part.new_zeros(len(part), len(kinds)).scatter_add(1, kind_of, part) for part in (rest, there))
+    return vote_loss(torch.cat([source, rest.masked_fill(there == 0, -torch.inf)], dim=1), torch.zeros_like(target))
 
 
 def contrast_loss(queries, keys, held, target):

@@ -34,7 +34,8 @@ class RetrievalSupervision:
         negatives (`float`, *optional*, defaults to `0.0`): how much of the other rows' memories a share has to stand
             up to beside its own row's, as if these had been read too. Rows whose writes are scaled are left out.
         loss (`str`, *optional*, defaults to `"share"`): `"share"`, -log share in every head by itself, or `"votes"`,
-            the cross-entropy of the heads' shares taken together, and a little of the former.
+            the cross-entropy of the heads' shares taken together, or `"tokens"`, the same of the source against each
+            other token, wherever it stands; both with a little of the former.
         contrast (`float`, *optional*, defaults to `0.0`): what it counts beside that, that softmax attention with the
             memory's queries and keys would find the source.
     """
@@ -67,11 +68,12 @@ class RetrievalSupervision:
         return [patched[index] for index in wanted]
 
     @contextmanager
-    def reading(self, model, sources, attention_mask, seen, write_scale=None, watch=None):
+    def reading(self, model, ids, sources, attention_mask, seen, write_scale=None, watch=None):
         """Watch a micro-batch being read, segment after segment.
 
         Args:
             model (`PreTrainedModel`): the patched model.
+            ids (`torch.Tensor`): `(batch, seq_len)` int64: what is read.
             sources (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, for each token the column of the token that
                 it repeats, or -1; without it, or at weight 0, nothing is watched.
             attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
@@ -88,7 +90,7 @@ class RetrievalSupervision:
             return
         layers = self.layers_of(model)
         told = told_tokens(sources, attention_mask, seen, config.segment_length)
-        reading = Reading(config, told, len(layers), write_scale, self, watch)
+        reading = Reading(config, (ids, *told), len(layers), write_scale, self, watch)
         with watched(layers, reading.note):
             yield reading
         self.shares += reading.shares.cpu()
@@ -175,10 +177,11 @@ class Reading:
         self.loss, self.shares, self.times = 0.0, torch.zeros(2), None
         if told is None:
             return
-        self.rows, self.asked, self.stated, self.segment, self.valid = told
+        ids, self.rows, self.asked, self.stated, self.segment, self.valid = told
         self.shares = self.shares.to(self.rows.device)
         # Every place once, however many tokens repeat it.
         self.places, self.target = torch.stack([self.rows, self.stated]).unique(dim=1, return_inverse=True)
+        self.tokens = ids[tuple(self.places)]
         if write_scale is not None:
             write_scale = write_scale.to(self.rows.device)
             self.times = write_scale.gather(1, self.segment.clamp_max(write_scale.shape[1] - 1))
@@ -226,12 +229,15 @@ class Reading:
         # What the row's own memory returns, whatever the sources had to stand up to.
         told = (own / total.clamp_min(memory_math.SMALLEST_NORM)).detach().mean(-1).sum()
         loss = losses.share_loss(own / whole)
-        if self.settings.loss == "votes" or self.settings.contrast:
+        if self.settings.loss != "share" or self.settings.contrast:
             place_rows, columns, within, target = self.candidates(here, mapped.shape[2], device)
             keys = mapped[place_rows, :, columns]
-            if self.settings.loss == "votes":
+            if self.settings.loss != "share":
                 votes = losses.votes_of(query, keys, whole, within)
-                loss = losses.vote_loss(votes, target) + losses.SHARE_PART * loss
+                found = losses.token_loss(votes, self.tokens.to(device), target)
+                if self.settings.loss == "votes":
+                    found = losses.vote_loss(votes, target)
+                loss = found + losses.SHARE_PART * loss
             if self.settings.contrast:
                 contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], within, target)
                 loss = loss + self.settings.contrast * contrast

@@ -71,6 +71,24 @@ def read_told_rows(inner, layers, rows, progress=True):
     return found
 
 
+def thinned(row, known, share, generator):
+    """A row without some of its filler.
+
+    Args:
+        row ([`ToldRow`]): the row.
+        known (`torch.Tensor`): `(seq_len,)` bool: the columns that stay, sources among them.
+        share (`float`): how much of the other columns is drawn to stay too.
+        generator (`torch.Generator`): what they are drawn with.
+
+    Returns:
+        `tuple`: the [`ToldRow`], and which of its columns are known, bool.
+    """
+    stay = known | (torch.rand(len(known), generator=generator) < share)
+    keys = {index: states[:, stay] for index, states in row.keys.items()}
+    target = (stay.cumsum(0) - 1)[row.target]
+    return ToldRow(row.ids[stay], target, row.held[:, stay], row.queries, keys), known[stay]
+
+
 def compact(states):
     """In half precision where it can hold them: channels of pretrained models may be large for every token."""
     half = states.half()

@@ -58,7 +58,8 @@ class InfiniTrainingArguments(TrainingArguments):
             How much of the memories of the other rows of the batch the sources have to stand up to as well.
         retrieval_loss (`str`, *optional*, defaults to `"share"`):
             `"share"`: every head of the layers that are told has to find the source by itself. `"votes"`: their shares
-            taken together have to, which leaves each head names that it takes for one another.
+            taken together have to, which leaves each head names that it takes for one another. `"tokens"`: likewise,
+            and against each other token with all its places, as what reads the memory meets them.
         retrieval_contrast (`float`, *optional*, defaults to `0.0`):
             What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
             source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
@@ -123,7 +124,11 @@ class InfiniTrainingArguments(TrainingArguments):
         default=0.0, metadata={"help": "How much of the other rows' memories the sources have to stand up to."}
     )
     retrieval_loss: str = field(
-        default="share", metadata={"help": "share (every head by itself has to find the source), or votes (together)."}
+        default="share",
+        metadata={
+            "help": "share (every head by itself has to find the source), votes (all together), or tokens (as votes, "
+            "against each other token wherever it stands)."
+        },
     )
     retrieval_contrast: float = field(
         default=0.0,

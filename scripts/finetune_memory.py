@@ -42,7 +42,7 @@ def main(argv=None):
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)
-    memory_args.rest(model)
+    memory_args.rest(model, args.retrieval_layers)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,

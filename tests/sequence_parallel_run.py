@@ -16,6 +16,7 @@ from torch import distributed
 
 import infini_hf
 from infini_hf import InfiniCache
+from infini_hf.calibration import add_memory_projections
 from infini_hf.segment_step import StepOptions, segment_major_loss, shift_labels
 from infini_hf.sequence_parallel import (
     SequenceParallelCache,
@@ -38,6 +39,7 @@ class Case:
     training: bool = True
     scaled: bool = False
     shifted: bool = False
+    projected: bool = False
     dtype: torch.dtype = torch.float32
     overrides: dict = field(default_factory=dict)
     infini: dict = field(default_factory=dict)
@@ -51,6 +53,13 @@ class Case:
             for layer in model.model.layers:
                 shifts = (torch.randn(heads, 8, generator=generator) for heads in (6, 3))
                 layer.self_attn.memory_gate.set_shifts(*shifts)
+        if self.projected:
+            generator = torch.Generator().manual_seed(9)
+            add_memory_projections(model, mix_heads=True)
+            for layer in model.model.layers:
+                gate = layer.self_attn.memory_gate
+                for projection in (gate.query_projection, gate.key_projection):
+                    projection.weight.data += 0.1 * torch.randn(projection.weight.shape, generator=generator)
         return model.to(self.dtype).train(self.training)
 
     @property
@@ -69,6 +78,7 @@ WIDE = {"overlap": 3, "sink_tokens": 2}
 CASES = {
     "linear": Case(),
     "linear-exp": Case(infini={"feature_map": "exp"}, batch=2),
+    "linear-projected": Case(infini={"feature_map": "softmax", **WIDE}, columns=(61,), batch=2, projected=True),
     "linear-window": Case(infini=WIDE, columns=(45,), batch=2),
     "linear-wide-window": Case(infini={"overlap": 8, "sink_tokens": 5}, columns=(69,)),
     "linear-calls": Case(infini=WIDE, columns=(48, 64, 41)),
@@ -77,6 +87,7 @@ CASES = {
     "linear-evaluation": Case(infini={"overlap": 2}, columns=(16, 11), training=False),
     "delta": Case(infini=DELTA, columns=(64,)),
     "delta-exp": Case(infini={**DELTA, "feature_map": "exp"}, columns=(64,)),
+    "delta-projected": Case(infini={**DELTA, "feature_map": "exp"}, columns=(61,), projected=True),
     "delta-shifted": Case(infini={**DELTA, "feature_map": "exp"}, columns=(48,), shifted=True),
     "delta-window": Case(infini={**DELTA, **WIDE}, columns=(61,), batch=2),
     "delta-calls": Case(infini={**DELTA, **WIDE}, columns=(64, 48, 43), batch=2),

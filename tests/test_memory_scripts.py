@@ -80,6 +80,10 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
     assert gates == [False, False, True, True]
     with pytest.raises(ValueError, match=r"matmul_precision='low': must be one of \('highest', 'high', 'medium'\)"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--matmul_precision", "low"])
+    with pytest.raises(ValueError, match=r"retrieval_layers=\[1, 3\] with resting_layers=2: \[1\] would be told"):
+        script("finetune_memory").main(
+            ["--config", str(STAGE), *options, "--resting_layers", "2", "--retrieval_layers", "1", "3"]
+        )
     with pytest.raises(ValueError, match="resting_layers=4: must be from 0 to 3"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 

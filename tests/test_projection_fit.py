@@ -9,7 +9,7 @@ from infini_hf import unpatch_model
 from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections
 from infini_hf.layer_fit import LayerFit
-from infini_hf.projection_fit import FitSettings, fit_memory_projections, measure
+from infini_hf.projection_fit import FitSettings, fit_memory_projections, measure, weighted
 from infini_hf.told_rows import compact, read_told_rows
 
 SEGMENT = 8
@@ -90,6 +90,28 @@ def test_filler_counts_as_often_as_it_is_said_to():
     torch.testing.assert_close(often.sum(-1), torch.ones(often.shape[:-1]))
 
 
+def test_a_share_of_the_filler_stands_for_all_of_it():
+    """What is asked for stays, and of many draws 1 / share, which is linear in the filler, is that of the whole."""
+    model = model_with_projections()
+    rows = read_told_rows(model, layers_of(model), pairs(1))
+    fit, generator = LayerFit(layers_of(model)[1], rows), torch.Generator().manual_seed(0)
+    whole, weights = weighted(rows, FitSettings(filler=3.0), generator)
+    assert whole is rows
+
+    def inverse(row, weights):
+        shares = fit.shares(row, weights[id(row)])
+        return 1 / torch.stack([share[:, place] for share, place in zip(shares, row.target, strict=True)])
+
+    drawn = [weighted(rows, FitSettings(filler=3.0, filler_kept=0.5), generator) for _ in range(400)]
+    for (row,), times in drawn:
+        assert torch.equal(row.ids[row.target], rows[0].ids[rows[0].target])
+        assert len(row.ids) < len(rows[0].ids)
+        assert times[id(row)].unique().tolist() == [1.0, 6.0]
+    found = torch.stack([inverse(*parts, times) for parts, times in drawn])
+    error = found.std(0) / 400**0.5
+    assert ((found.mean(0) - inverse(rows[0], weights)).abs() < 4 * error).all()
+
+
 def test_nothing_but_the_projections_of_the_layers_is_changed():
     model = model_with_projections()
     before, plain = weights_of(model), {name: part.clone() for name, part in model.state_dict().items()}
@@ -116,10 +138,12 @@ def test_no_step_leaves_the_projections_where_they_were(mix_heads):
 @pytest.mark.parametrize("mix_heads", [False, True])
 @pytest.mark.parametrize("kind", ["exp", "softmax"])
 @pytest.mark.parametrize("anew", [(), (0, 1)], ids=["on", "anew"])
-def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
+@pytest.mark.parametrize("loss", ["votes", "tokens"])
+def test_votes_learn_to_find_what_is_asked_for(loss, anew, kind, mix_heads):
     """In rows that were kept out, and the report is what the model that comes out shows."""
     model = model_with_projections(mix_heads=mix_heads, feature_map=kind)
-    rows, settings = pairs(320), FitSettings(steps=600 if kind == "softmax" else 300, batch_size=8)
+    steps = 600 if kind == "softmax" else 300
+    rows, settings = pairs(320), FitSettings(steps=steps, batch_size=8, loss=loss)
     report = fit_memory_projections(model, rows, anew=anew, settings=settings, progress=False)
     assert report["told"] == 60
     assert report["before"]["votes"] < 0.4
@@ -128,6 +152,19 @@ def test_votes_learn_to_find_what_is_asked_for(anew, kind, mix_heads):
     fits = [LayerFit(layer, gathered) for layer in layers_of(model)]
     votes = [(sum(fit.shares(row).sum(1) for fit in fits).argmax(1) == row.target).float() for row in gathered]
     assert torch.cat(votes).mean().item() == pytest.approx(report["after"]["votes"], abs=0.02)
+
+
+def test_what_is_fitted_by_tokens_is_another_thing():
+    """One step of the same rows and draws, where values stand at other places too."""
+    after = []
+    for loss in ("votes", "tokens"):
+        model, rows = model_with_projections(), pairs(20)
+        for row in rows:
+            row["input_ids"][[12, 15, 18]] = row["input_ids"][[5, 2, 10]]
+        settings = FitSettings(steps=4, batch_size=2, loss=loss)
+        fit_memory_projections(model, rows, settings=settings, progress=False)
+        after.append(weights_of(model)[0, "key"])
+    assert not torch.equal(*after)
 
 
 def test_places_of_one_token_are_counted_together():
@@ -187,11 +224,21 @@ def test_a_model_without_projections_or_patch_and_rows_without_sources_are_refus
 
 
 @pytest.mark.parametrize(
-    "options", [{"steps": 3}, {"batch_size": 0}, {"start_steps": -1}, {"learning_rate": 0.0}, {"filler": float("nan")}]
+    "options",
+    [
+        {"steps": 3},
+        {"batch_size": 0},
+        {"start_steps": -1},
+        {"learning_rate": 0.0},
+        {"filler": float("nan")},
+        {"filler_kept": 0.0},
+        {"filler_kept": 1.5},
+        {"loss": "share"},
+    ],
 )
 def test_settings_that_fit_nothing_are_refused(options):
     ((name, value),) = options.items()
-    with pytest.raises(ValueError, match=f"^{name}={value}: must be"):
+    with pytest.raises(ValueError, match=f"^{name}={value!r}: must be"):
         FitSettings(**options)
 
 

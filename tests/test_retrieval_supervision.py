@@ -32,7 +32,7 @@ def supervised(
     supervision = RetrievalSupervision(1.0, layers, negatives, *losses)
     cache = InfiniCache(model.config) if cache is None else cache
     scale = options.get("write_scale")
-    with supervision.reading(model, sources, mask, cache.seen, scale) as told:
+    with supervision.reading(model, ids, sources, mask, cache.seen, scale) as told:
         segments = cut_segments(ids, mask, None, L, trim=False)
         for segment in segments:
             segment.targets = torch.full_like(segment.input_ids, -100)
@@ -89,8 +89,17 @@ def oracle(model, ids, sources, mask=None, layers=None, negatives=0.0, scale=Non
     return torch.stack(losses).sum() / count, torch.stack(shares).sum().item() / count, len(losses) / count
 
 
-def oracle_of_votes(model, ids, sources, contrast):
-    """The vote, 0.3 of -log share, and the contrast, of the told tokens one by one; rows without padding."""
+def rivals_by_token(votes, places, source, tokens):
+    """The source, and the sums of the votes of all other places that hold one token."""
+    held = {}
+    for place, vote in zip(places, votes, strict=True):
+        if place != source:
+            held[tokens[place].item()] = held.get(tokens[place].item(), 0.0) + vote
+    return torch.stack([votes[places.index(source)], *held.values()])
+
+
+def oracle_of_votes(model, ids, sources, loss, contrast):
+    """The vote (by place or by token), 0.3 of -log share, and the contrast, token by token; rows without padding."""
     kind, losses = model.config.infini_attention["feature_map"], []
     segments = torch.arange(ids.shape[1]) // L
     told = [(row, column - 1, int(sources[row, column])) for row, column in (sources >= 0).nonzero().tolist()]
@@ -103,7 +112,10 @@ def oracle_of_votes(model, ids, sources, contrast):
             weights = (memory_math.map_queries(query, kind)[:, None] * memory_math.map_keys(key, kind)).sum(-1)
             shares = weights / weights[:, segments < segments[asked]].sum(1, keepdim=True)
             votes = torch.stack([3.0 * shares[:, place].sum() for place in places])
-            losses.append(votes.logsumexp(0) - votes[places.index(source)] - 0.3 * shares[:, source].log().mean())
+            own = votes[places.index(source)]
+            if loss == "tokens":
+                votes = rivals_by_token(votes, places, source, ids[row])
+            losses.append(votes.logsumexp(0) - own - 0.3 * shares[:, source].log().mean())
             for head in range(len(query)):
                 scores = torch.stack([query[head] @ key[head, place] / query.shape[-1] ** 0.5 for place in places])
                 missed = scores.logsumexp(0) - scores[places.index(source)]
@@ -163,15 +175,19 @@ def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, la
         )
 
 
-@pytest.mark.parametrize("contrast", [0.0, 0.7])
+@pytest.mark.parametrize(("loss", "contrast"), [("votes", 0.0), ("votes", 0.7), ("tokens", 0.0), ("tokens", 0.7)])
 @pytest.mark.parametrize("kind", ["elu", "exp", "softmax"])
-def test_votes_and_contrast_are_those_of_the_tokens_one_by_one(kind, contrast):
-    """Also where several tokens repeat one source."""
+def test_votes_and_contrast_are_those_of_the_tokens_one_by_one(kind, loss, contrast):
+    """Also where several tokens repeat one source, and where several sources hold the same token."""
     model = shifted(build_patched("llama", segment_length=L, overlap=3, feature_map=kind)).train()
     ids, sources = random_ids(3, 5 * L + 3), some_sources(3, 5 * L + 3)
     sources[0, 30:34], sources[1] = 4, -1
-    told = supervised(model, ids, sources, losses=("votes", contrast))
-    expected = oracle_of_votes(model, ids, sources, contrast)
+    stated = sources[2][sources[2] >= 0].unique()
+    ids[2, stated[: len(stated) // 2 + 1]] = ids[2, stated[0]].item()
+    told = supervised(model, ids, sources, losses=(loss, contrast))
+    expected = oracle_of_votes(model, ids, sources, loss, contrast)
+    other = supervised(model, ids, sources, losses=({"votes": "tokens", "tokens": "votes"}[loss], contrast))
+    assert not torch.isclose(told.loss, other.loss, rtol=1e-4)
     torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
     told.loss.backward()
     ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
