@@ -32,11 +32,11 @@ class FitSettings:
         batch_size (`int`, *optional*, defaults to `8`): rows in a step.
         filler (`float`, *optional*, defaults to `10.0`): as how many tokens each token counts that no row is asked
             for: what is fitted on short rows is to be used on long ones.
-        filler_kept (`float`, *optional*, defaults to `1.0`): share of these tokens that is drawn to stand for all, in
-            the rows that are fitted; a step takes the less time, and what they count together is the same.
+        filler_kept (`float`, *optional*, defaults to `1.0`): share of these tokens that is drawn to stand for all,
+            each for so many more: a step takes less time, and what a share is divided by is the same on average.
         start_steps (`int`, *optional*, defaults to `200`): steps that a fresh start takes.
-        loss (`str`, *optional*, defaults to `"votes"`): `"votes"`, each place against the source, or `"tokens"`, each
-            token with all its places together.
+        loss (`str`, *optional*, defaults to `"votes"`): `"votes"`, each place of the row against the source, or
+            `"tokens"`, the places of each token together against the source.
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
     """
 
@@ -66,7 +66,8 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
     """Fit the memory's projections of some layers to where the answers of rows were stated, in place; weights rest.
 
     Every head of a layer has one vote, which its share σ(q) σ(k_t) / (σ(q) z) divides among the tokens that the memory
-    holds; the loss is the cross-entropy of their sum. Not for `feature_map="elu"`, and for the linear rule only.
+    holds; the loss is the cross-entropy of their sum, by places or by tokens. Not for `feature_map="elu"`, and for the
+    linear rule only.
 
     Args:
         model (`PreTrainedModel`): a patched model with projections.
@@ -98,13 +99,13 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
         )
     generator = torch.Generator().manual_seed(settings.seed)
     fits = [LayerFit(layer, fitted) for layer in chosen]
-    fitted, weights = weighted(fitted, settings, generator)
+    thin, weights = weighted(fitted, settings, generator)
     before = measure(fits, kept)
     with torch.enable_grad():
         for fit in fits:
             if fit.index in anew:
                 fit.start_anew(fitted, settings.start_steps, generator)
-        optimize(fits, fitted, weights, settings, generator, progress)
+        optimize(fits, thin, weights, settings, generator, progress)
     after = measure(fits, kept)
     for fit in fits:
         fit.store()
@@ -152,9 +153,7 @@ def optimize(fits, rows, weights, settings, generator, progress):
     )
 
     def loss_of(votes, row):
-        if settings.loss == "tokens":
-            return losses.token_loss(votes, row.ids, row.target)
-        return losses.vote_loss(votes, row.target)
+        return losses.found_loss(settings.loss, votes, row.ids, row.target)
 
     for _ in tracked(range(settings.steps), progress, "fitting projections"):
         loss = 0.0

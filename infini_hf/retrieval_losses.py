@@ -1,8 +1,9 @@
 """What it costs, in one layer, that the memory returns told tokens from elsewhere than their sources.
 
 Every loss is a sum over the told tokens. Queries are `(n, num_heads, head_dim)`, one for each of them, and keys
-`(m, num_kv_heads, head_dim)`, one for each of the places that sources are told of; `held` `(n, m)` says which of them
-a told token could be read from (those that its row's memory holds), `target` `(n,)` which it should be.
+`(m, num_kv_heads, head_dim)`, one for each of the candidates: in training the places that sources are told of, in the
+fit all of the row. `held` `(n, m)` says from which of them a told token could be read (those that its row's memory
+holds), `target` `(n,)` from which it should be.
 """
 
 import torch
@@ -40,22 +41,28 @@ def vote_loss(votes, target):
 
 
 def token_loss(votes, tokens, target):
-    """The cross-entropy of the source's votes against those of each token, all its places together.
+    """The cross-entropy of the source's votes against those of each token, all candidates that hold it together.
 
     What reads the memory gets no places: it is not enough that the source has the most votes where three places that
-    hold one other token have more. Places that hold the source's own token are no help and count as another token.
+    hold one other token have more. Candidates that hold the source's own token without being it are no help: together
+    they are a rival too, for a name is to be found by itself.
 
     Args:
         votes (`torch.Tensor`): `(n, m)` float32, -inf where not held.
-        tokens (`torch.Tensor`): `(m,)` or `(n, m)` int64: what each place holds.
+        tokens (`torch.Tensor`): `(m,)` int64: what each candidate holds.
         target (`torch.Tensor`): `(n,)` int64: which place is the source.
     """
     kinds, kind_of = tokens.unique(return_inverse=True)
-    kind_of, own, held = kind_of.expand_as(votes), target[:, None], votes.isfinite()
+    kind_of, own, held = kind_of.expand_as(votes), target[:, None], votes != -torch.inf
     source = votes.gather(1, own)
     rest, there = votes.masked_fill(~held, 0.0).scatter(1, own, 0.0), held.float().scatter(1, own, 0.0)
     rest, there = (part.new_zeros(len(part), len(kinds)).scatter_add(1, kind_of, part) for part in (rest, there))
     return vote_loss(torch.cat([source, rest.masked_fill(there == 0, -torch.inf)], dim=1), torch.zeros_like(target))
+
+
+def found_loss(name, votes, tokens, target):
+    """`vote_loss` or `token_loss`, by the name of the loss."""
+    return {"votes": lambda: vote_loss(votes, target), "tokens": lambda: token_loss(votes, tokens, target)}[name]()
 
 
 def contrast_loss(queries, keys, held, target):

@@ -29,13 +29,14 @@ class RetrievalSupervision:
     """What each told token counts, in which layers, and against what else.
 
     Args:
-        weight (`float`): what -log share counts for each told token, beside the loss of one token.
+        weight (`float`): what it counts for each told token, beside the loss of one token.
         layers (`list[int]`, *optional*): indices of the patched layers that are told; all of them by default.
         negatives (`float`, *optional*, defaults to `0.0`): how much of the other rows' memories a share has to stand
             up to beside its own row's, as if these had been read too. Rows whose writes are scaled are left out.
         loss (`str`, *optional*, defaults to `"share"`): `"share"`, -log share in every head by itself, or `"votes"`,
-            the cross-entropy of the heads' shares taken together, or `"tokens"`, the same of the source against each
-            other token, wherever it stands; both with a little of the former.
+            the cross-entropy of the heads' shares taken together, or `"tokens"`, the same with the places of each
+            token taken together, against the source alone; both with a little of the former. Candidates are the
+            places that some token of the row is told of.
         contrast (`float`, *optional*, defaults to `0.0`): what it counts beside that, that softmax attention with the
             memory's queries and keys would find the source.
     """
@@ -166,7 +167,7 @@ class Reading:
     """One micro-batch: keeps the keys of its segments, and adds up the loss as the queries come.
 
     Attributes:
-        loss (`torch.Tensor` or `float`): the sum over the told tokens of -log share, the mean over heads and layers.
+        loss (`torch.Tensor` or `float`): the sum of what the told tokens cost, the mean over the layers.
         shares (`torch.Tensor`): `(2,)`, the sum of the shares and the number of the told tokens.
     """
 
@@ -200,8 +201,12 @@ class Reading:
 
     def note(self, layer, queries, keys):
         """Called by each layer with what it has projected of the segment."""
-        if self.index is None:
-            return
+        if self.index is not None:
+            with memory_math.no_autocast(queries):
+                self.note_segment(layer, queries, keys)
+
+    def note_segment(self, layer, queries, keys):
+        """Keep the keys, and add what the told tokens of this segment cost."""
         held = self.keys.setdefault(layer.layer_idx, [])
         held.append(keys)
         length = self.config.segment_length
@@ -234,9 +239,7 @@ class Reading:
             keys = mapped[place_rows, :, columns]
             if self.settings.loss != "share":
                 votes = losses.votes_of(query, keys, whole, within)
-                found = losses.token_loss(votes, self.tokens.to(device), target)
-                if self.settings.loss == "votes":
-                    found = losses.vote_loss(votes, target)
+                found = losses.found_loss(self.settings.loss, votes, self.tokens.to(device), target)
                 loss = found + losses.SHARE_PART * loss
             if self.settings.contrast:
                 contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], within, target)

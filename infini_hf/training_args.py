@@ -59,7 +59,7 @@ class InfiniTrainingArguments(TrainingArguments):
         retrieval_loss (`str`, *optional*, defaults to `"share"`):
             `"share"`: every head of the layers that are told has to find the source by itself. `"votes"`: their shares
             taken together have to, which leaves each head names that it takes for one another. `"tokens"`: likewise,
-            and against each other token with all its places, as what reads the memory meets them.
+            with the places of each token taken together, as what reads the memory meets them.
         retrieval_contrast (`float`, *optional*, defaults to `0.0`):
             What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
             source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
@@ -127,7 +127,7 @@ class InfiniTrainingArguments(TrainingArguments):
         default="share",
         metadata={
             "help": "share (every head by itself has to find the source), votes (all together), or tokens (as votes, "
-            "against each other token wherever it stands)."
+            "the places of each token taken together)."
         },
     )
     retrieval_contrast: float = field(

@@ -38,11 +38,12 @@ def main(argv=None):
     model_args, memory_args, row_args, args = parse_arguments(
         (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
     )
+    memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
     set_seed(args.seed)
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)
-    memory_args.rest(model, args.retrieval_layers)
+    memory_args.rest(model)
     count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,

@@ -84,6 +84,7 @@ CASES = {
     "linear-calls": Case(infini=WIDE, columns=(48, 64, 41)),
     "linear-scaled": Case(infini={"sink_tokens": 2}, columns=(80,), batch=2, scaled=True),
     "linear-short": Case(infini=WIDE, columns=(5,)),
+    "linear-short-projected": Case(infini=WIDE, columns=(5,), projected=True),
     "linear-evaluation": Case(infini={"overlap": 2}, columns=(16, 11), training=False),
     "delta": Case(infini=DELTA, columns=(64,)),
     "delta-exp": Case(infini={**DELTA, "feature_map": "exp"}, columns=(64,)),

@@ -13,6 +13,7 @@ from transformers import AutoTokenizer
 from infini_hf import AutoInfiniModelForCausalLM
 from infini_hf.assets import resolve
 from infini_hf.calibration import add_memory_projections
+from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
 
 ROOT = Path(__file__).parent.parent
@@ -80,10 +81,14 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
     assert gates == [False, False, True, True]
     with pytest.raises(ValueError, match=r"matmul_precision='low': must be one of \('highest', 'high', 'medium'\)"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--matmul_precision", "low"])
+    told = ["--resting_layers", "2", "--retrieval_weight", "1", "--recompute_segments", "false"]
     with pytest.raises(ValueError, match=r"retrieval_layers=\[1, 3\] with resting_layers=2: \[1\] would be told"):
-        script("finetune_memory").main(
-            ["--config", str(STAGE), *options, "--resting_layers", "2", "--retrieval_layers", "1", "3"]
-        )
+        script("finetune_memory").main(["--config", str(STAGE), *options, *told, "--retrieval_layers", "1", "3"])
+    with pytest.raises(ValueError, match=r"retrieval_layers=None with resting_layers=2: \[0, 1\] would be told"):
+        script("finetune_memory").main(["--config", str(STAGE), *options, *told])
+    # Nothing is told.
+    MemoryArguments(resting_layers=2).check_told(0.0, [1])
+    MemoryArguments(resting_layers=2).check_told(1.0, [2, 3])
     with pytest.raises(ValueError, match="resting_layers=4: must be from 0 to 3"):
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 

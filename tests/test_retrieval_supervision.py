@@ -12,6 +12,7 @@ from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf import memory as memory_math
 from infini_hf.attention import InfiniAttention
 from infini_hf.projections import watched
+from infini_hf.retrieval_losses import token_loss
 from infini_hf.retrieval_supervision import BoundedKeys, RetrievalSupervision
 from infini_hf.segment_step import StepObserver, StepOptions, cut_segments, segment_major_loss
 
@@ -316,12 +317,30 @@ def test_also_when_reading_fails_and_inside_another_watch():
     assert not any("project" in vars(module) for module in model.modules())
 
 
-def test_layers_named_twice_count_once_and_autocast_changes_nothing_in_the_loss_itself():
+def test_the_places_of_a_token_stand_together_against_the_source():
+    """By hand: -inf is not held, the source's own token elsewhere is a rival, and so is each other token."""
+    votes = torch.tensor([[0.5, 0.3, 0.3, -torch.inf, 0.2], [0.5, 0.3, -torch.inf, 0.1, 0.2]], requires_grad=True)
+    tokens = torch.tensor([7, 5, 5, 9, 7])
+    loss = token_loss(votes, tokens, torch.tensor([0, 1]))
+    first = torch.tensor([1.5, 1.8, 0.6]).logsumexp(0) - 1.5
+    second = torch.tensor([0.9, 2.1, 0.3]).logsumexp(0) - 0.9
+    torch.testing.assert_close(loss, first + second)
+    (gradient,) = torch.autograd.grad(loss, votes)
+    assert gradient.isfinite().all()
+    assert gradient[0, 3] == gradient[1, 2] == 0
+    assert ((gradient[0, :3].sign() == torch.tensor([-1, 1, 1])) & (gradient[0, 1] == gradient[0, 2])).all()
+    alone = torch.tensor([[0.4, -torch.inf]], requires_grad=True)
+    (gradient,) = torch.autograd.grad(token_loss(alone, torch.tensor([3, 3]), torch.tensor([0])), alone)
+    assert torch.equal(gradient, torch.zeros(1, 2))
+
+
+@pytest.mark.parametrize("losses", [("share", 0.0), ("votes", 0.5), ("tokens", 0.5)])
+def test_layers_named_twice_count_once_and_autocast_changes_nothing_in_the_loss_itself(losses):
     model = build_patched("llama", segment_length=L, feature_map="exp").train()
     ids, sources = random_ids(2, 3 * L), some_sources(2, 3 * L)
-    once = supervised(model, ids, sources, layers=[1]).loss
-    assert torch.equal(supervised(model, ids, sources, layers=[1, 1]).loss, once)
-    reading, states = supervised(model, ids, sources, layers=[1]), []
+    once = supervised(model, ids, sources, layers=[1], losses=losses).loss
+    assert torch.equal(supervised(model, ids, sources, layers=[1, 1], losses=losses).loss, once)
+    reading, states = supervised(model, ids, sources, layers=[1], losses=losses), []
     layer, index = model.model.layers[1].self_attn, reading.index
     queries, keys = torch.randn(2, 6, L, 8), torch.randn(2, 3, L, 8)
     for context in (contextlib.nullcontext(), torch.autocast("cpu", torch.bfloat16)):

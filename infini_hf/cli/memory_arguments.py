@@ -58,22 +58,30 @@ class MemoryArguments:
         if self.memory_projections:
             add_memory_projections(model, self.projected_layers, self.mix_heads)
 
-    def rest(self, model, told_layers=()):
-        """Leave the embeddings and the lowest layers as they are; `told_layers` are those of retrieval supervision.
+    def check_told(self, weight, layers):
+        """Refuse layers that rest and are told where to read, `layers` by retrieval supervision of a `weight`.
 
         Raises:
-            ValueError: when that leaves no layer, or is below 0, or a layer that rests is told where to read.
+            ValueError: names them.
+        """
+        early = range(self.resting_layers) if layers is None else [i for i in layers if i < self.resting_layers]
+        if weight and early:
+            raise ValueError(
+                f"retrieval_layers={layers} with resting_layers={self.resting_layers}: {list(early)} would be told "
+                "where to read and never learn it; rest fewer layers, or tell those above"
+            )
+
+    def rest(self, model):
+        """Leave the embeddings and the lowest layers as they are.
+
+        Raises:
+            ValueError: when that leaves no layer, or is below 0.
         """
         decoder = model.get_decoder()
         if not 0 <= self.resting_layers < len(decoder.layers):
             raise ValueError(
                 f"resting_layers={self.resting_layers}: must be from 0 to {len(decoder.layers) - 1}, one less than "
                 "there are"
-            )
-        if early := [index for index in told_layers or () if index < self.resting_layers]:
-            raise ValueError(
-                f"retrieval_layers={told_layers} with resting_layers={self.resting_layers}: {early} would be told "
-                "where to read and never learn it; rest fewer layers, or tell those above"
             )
         if self.resting_layers:
             for module in (decoder.embed_tokens, *decoder.layers[: self.resting_layers]):
