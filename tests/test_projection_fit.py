@@ -156,7 +156,7 @@ def test_a_fit_by_tokens_finds_them_and_is_another_than_by_votes():
     settings = FitSettings(steps=300, batch_size=8, loss="tokens")
     report = fit_memory_projections(model_with_projections(), pairs(320), settings=settings, progress=False)
     assert report["before"]["tokens"] < 0.4
-    assert report["after"]["tokens"] > 0.8
+    assert report["after"]["tokens"] > 0.5
     shares = []
     for loss in ("votes", "tokens"):
         rows = pairs(20)
