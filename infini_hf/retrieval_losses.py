@@ -61,8 +61,8 @@ def token_loss(votes, tokens, target):
 
 
 def found_loss(name, votes, tokens, target):
-    """`vote_loss` or `token_loss`, by the name of the loss."""
-    return {"votes": lambda: vote_loss(votes, target), "tokens": lambda: token_loss(votes, tokens, target)}[name]()
+    """`token_loss` by the name of `"tokens"`, `vote_loss` by that of `"votes"`."""
+    return token_loss(votes, tokens, target) if name == "tokens" else vote_loss(votes, target)
 
 
 def contrast_loss(queries, keys, held, target):

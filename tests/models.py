@@ -4,6 +4,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from infini_hf import InfiniConfig, patch_model
+from infini_hf.calibration import add_memory_projections
+from infini_hf.gate import MemoryGate
 
 VOCABULARY = 97
 # Short, so that rows of twenty tokens leave it.
@@ -93,6 +95,16 @@ def build_patched(family="llama", attention="eager", seed=0, overrides=None, **i
     """A patched model with open gates; `infini` are options of [`InfiniConfig`]."""
     model = patch_model(build(family, attention, seed, **(overrides or {})), InfiniConfig(**infini))
     return open_gates(model, seed)
+
+
+def add_moved_projections(model, size, seed=0, mix_heads=False):
+    """Projections of the memory's own, so far from where they begin."""
+    generator = torch.Generator().manual_seed(seed)
+    add_memory_projections(model, mix_heads=mix_heads)
+    for gate in (module for module in model.modules() if isinstance(module, MemoryGate)):
+        for projection in (gate.query_projection, gate.key_projection):
+            projection.weight.data += size * torch.randn(projection.weight.shape, generator=generator)
+    return model
 
 
 def random_ids(batch, length, seed=0):

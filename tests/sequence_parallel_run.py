@@ -11,12 +11,11 @@ from datetime import timedelta
 from pathlib import Path
 
 import torch
-from models import build_patched, random_ids
+from models import add_moved_projections, build_patched, random_ids
 from torch import distributed
 
 import infini_hf
 from infini_hf import InfiniCache
-from infini_hf.calibration import add_memory_projections
 from infini_hf.segment_step import StepOptions, segment_major_loss, shift_labels
 from infini_hf.sequence_parallel import (
     SequenceParallelCache,
@@ -54,12 +53,7 @@ class Case:
                 shifts = (torch.randn(heads, 8, generator=generator) for heads in (6, 3))
                 layer.self_attn.memory_gate.set_shifts(*shifts)
         if self.projected:
-            generator = torch.Generator().manual_seed(9)
-            add_memory_projections(model, mix_heads=True)
-            for layer in model.model.layers:
-                gate = layer.self_attn.memory_gate
-                for projection in (gate.query_projection, gate.key_projection):
-                    projection.weight.data += 0.1 * torch.randn(projection.weight.shape, generator=generator)
+            add_moved_projections(model, 0.1, seed=9, mix_heads=True)
         return model.to(self.dtype).train(self.training)
 
     @property

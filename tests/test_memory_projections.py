@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import build, build_patched, random_ids, relative_error
+from models import add_moved_projections, build, build_patched, random_ids, relative_error
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from training import make_trainer, tiny_model
@@ -31,12 +31,7 @@ def logits_of(model, ids):
 def projected(family="llama", mix_heads=False, **options):
     """A calibrated model whose projections have been moved far from where they begin."""
     model = calibrate_memory(build_patched(family, **{**OPTIONS, **options}), random_ids(1, 64))
-    generator = torch.Generator().manual_seed(9)
-    for gate in gates_of(add_memory_projections(model, mix_heads=mix_heads)):
-        for projection in (gate.query_projection, gate.key_projection):
-            weight = projection.weight
-            weight.data += 0.3 * torch.randn(weight.shape, generator=generator)
-    return model
+    return add_moved_projections(model, 0.3, seed=9, mix_heads=mix_heads)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

@@ -2,12 +2,11 @@
 
 import pytest
 import torch
-from models import build_patched, random_ids
+from models import add_moved_projections, build_patched, random_ids
 from test_retrieval_supervision import supervised
 
 from infini_hf import unpatch_model
 from infini_hf.attention import InfiniAttention
-from infini_hf.calibration import add_memory_projections
 from infini_hf.layer_fit import LayerFit
 from infini_hf.projection_fit import FitSettings, fit_memory_projections, measure, weighted
 from infini_hf.told_rows import compact, read_told_rows
@@ -19,11 +18,7 @@ SHORT = FitSettings(steps=40, start_steps=20, batch_size=2)
 def model_with_projections(seed=0, mix_heads=False, **options):
     """Projections away from where they begin."""
     model = build_patched("llama", **{"segment_length": SEGMENT, "feature_map": "exp", "overlap": 2, **options})
-    generator = torch.Generator().manual_seed(seed)
-    for layer in layers_of(add_memory_projections(model, mix_heads=mix_heads)):
-        for projection in (layer.memory_gate.query_projection, layer.memory_gate.key_projection):
-            projection.weight.data += 0.2 * torch.randn(projection.weight.shape, generator=generator)
-    return model
+    return add_moved_projections(model, 0.2, seed, mix_heads)
 
 
 def layers_of(model):
