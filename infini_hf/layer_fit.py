@@ -74,11 +74,13 @@ class LayerFit:
         weights = pair_up(queries.transpose(0, 1), keys.transpose(0, 1)) * row.held[:, None]
         return weights / weights.sum(-1, keepdim=True).clamp_min(memory_math.SMALLEST_NORM)
 
-    def start_anew(self, rows, steps, generator, rows_in_step=6, spread=2.0, loudness=3.0):
+    def start_anew(self, rows, steps, generator, spread=2.0, rows_in_step=6, loudness=3.0):
         """Begin anew: a match by inner products, turned at random, and louder keys for what is asked for later.
 
         exp(Rq) exp(Rk) summed over the channels estimates the softmax kernel of q and k up to their norms, for a
         random rotation R (Choromanski et al., arXiv 2009.14794): a beginning from which every channel can learn.
+        Of "softmax", a large `spread` leaves each token the one channel that it is nearest to, as cross-polytope
+        hashing does (Andoni et al., arXiv 1509.02897).
         """
         heads, kv_heads, dim = self.query.shape[0], self.key.shape[0], self.query.shape[-1]
         query, key = (linear_map(part.shape, generator) for part in (self.query, self.key))

@@ -35,8 +35,12 @@ class FitSettings:
         filler_kept (`float`, *optional*, defaults to `1.0`): share of these tokens that is drawn to stand for all,
             each for so many more: a step takes less time, and what a share is divided by is the same on average.
         start_steps (`int`, *optional*, defaults to `200`): steps that a fresh start takes.
+        spread (`float`, *optional*, defaults to `2.0`): how far apart the channels of a fresh start are: the larger,
+            the fewer of them a token reaches, and the fewer tokens share one.
         loss (`str`, *optional*, defaults to `"votes"`): `"votes"`, each place of the row against the source, or
             `"tokens"`, the places of each token together against the source.
+        share_weight (`float`, *optional*, defaults to `0.0`): what -log of the source's share, the mean over heads and
+            layers, counts beside the votes: these only compare, and may be won by a small share of what is returned.
         seed (`int`, *optional*, defaults to `0`): the seed of every draw.
     """
 
@@ -46,18 +50,20 @@ class FitSettings:
     filler: float = 10.0
     filler_kept: float = 1.0
     start_steps: int = 200
+    spread: float = 2.0
     loss: str = "votes"
+    share_weight: float = 0.0
     seed: int = 0
 
     def __post_init__(self):
-        for name, least in (("steps", 4), ("batch_size", 1), ("start_steps", 0)):
-            if getattr(self, name) < least:
+        for name, least in (("steps", 4), ("batch_size", 1), ("start_steps", 0), ("share_weight", 0.0)):
+            if not getattr(self, name) >= least:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least {least}")
         if self.loss not in losses.LOSSES[1:]:
             raise ValueError(f"loss={self.loss!r}: must be one of {', '.join(map(repr, losses.LOSSES[1:]))}")
         if not 0 < self.filler_kept <= 1:
             raise ValueError(f"filler_kept={self.filler_kept}: must be above 0, and at most 1, which is all of it")
-        for name in ("learning_rate", "filler"):
+        for name in ("learning_rate", "filler", "spread"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name}={getattr(self, name)}: must be above 0")
 
@@ -104,7 +110,7 @@ def fit_memory_projections(model, rows, layers=None, anew=(), settings=FitSettin
     with torch.enable_grad():
         for fit in fits:
             if fit.index in anew:
-                fit.start_anew(fitted, settings.start_steps, generator)
+                fit.start_anew(fitted, settings.start_steps, generator, settings.spread)
         optimize(fits, thin, weights, settings, generator, progress)
     after = measure(fits, kept)
     for fit in fits:
@@ -145,7 +151,7 @@ def weighted(rows, settings, generator):
 
 
 def optimize(fits, rows, weights, settings, generator, progress):
-    """Adam on the votes of each layer and of all together."""
+    """Adam on the votes of each layer and of all together, and on the shares of the sources."""
     parameters = [part for fit in fits for part in (fit.query, fit.key)]
     optimizer = torch.optim.Adam(parameters, lr=settings.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
@@ -158,10 +164,14 @@ def optimize(fits, rows, weights, settings, generator, progress):
     for _ in tracked(range(settings.steps), progress, "fitting projections"):
         loss = 0.0
         for row in drawn(rows, settings.batch_size, generator):
-            votes = [fit.shares(row, weights[id(row)]).sum(1).masked_fill(~row.held, -torch.inf) for fit in fits]
+            shares = [fit.shares(row, weights[id(row)]) for fit in fits]
+            votes = [part.sum(1).masked_fill(~row.held, -torch.inf) for part in shares]
             # A layer alone is to have the margin that all have together.
             parts = [loss_of(len(fits) * part, row) for part in votes]
             loss = loss + loss_of(sum(votes), row) + sum(parts) / len(parts)
+            if settings.share_weight:
+                own = [part[torch.arange(len(row.target)), :, row.target] for part in shares]
+                loss = loss + settings.share_weight * sum(map(losses.share_loss, own)) / len(own)
         optimizer.zero_grad()
         (loss / settings.batch_size).backward()
         optimizer.step()

@@ -1,6 +1,6 @@
 """Fit the memory's own projections to a model as it is, on rows of named facts whose sources are known.
 
-    python scripts/fit_projections.py --config configs/pretrain/tiny_llama_told_3_fit.yaml --train_folder NOVELS/train
+    python scripts/fit_projections.py --config configs/pretrain/tiny_llama_facts_8_fit.yaml --train_folder NOVELS/train
 
 The weights rest; what reads the memory has to learn afterwards what it now holds. Prints, for rows that were kept out,
 how often the heads' votes find the source of an answer, and its token, before and after. Takes a few minutes on a CPU.

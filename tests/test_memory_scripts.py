@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from infini_hf import AutoInfiniModelForCausalLM
+from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig
 from infini_hf.assets import resolve
-from infini_hf.calibration import add_memory_projections
+from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
 
@@ -37,13 +37,28 @@ def novels(tmp_path_factory):
     return folder
 
 
-def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, tmp_path):
-    options = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
+@pytest.fixture(scope="module")
+def calibrated(tmp_path_factory):
+    """The base, patched and calibrated, with gates that are open a little and without projections."""
+    folder, patch = tmp_path_factory.mktemp("calibrated"), InfiniConfig(128, overlap=32, feature_map="exp")
+    model = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama"), infini_config=patch, dtype="float32")
+    calibrate_memory(model, torch.arange(2, 1026)[None], progress=False)
+    with torch.no_grad():
+        for name, bias in model.named_parameters():
+            if name.endswith("memory_gate.bias"):
+                bias.fill_(0.1)
+    model.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(resolve("tiny-llama")).save_pretrained(folder)
+    return folder
+
+
+def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, calibrated, tmp_path):
+    options = ["--model", str(calibrated), "--train_folder", str(novels), "--output_dir", str(tmp_path)]
     small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1"]
     # Calibrating once more would move what the weights have learned with.
     more = ["--calibration_tokens", "512", "--disable_tqdm", "true", "--save_steps", "2", "--longest_reading", "1280"]
     script("finetune_memory").main(["--config", str(STAGE), *options, *small, *more])
-    before = load_file(Path(resolve("tiny-llama-infini")) / "model.safetensors")
+    before = load_file(calibrated / "model.safetensors")
     after = load_file(tmp_path / "final" / "model.safetensors")
     shifts = [name for name in before if name.endswith("_shift")]
     assert len(shifts) == 8
@@ -93,15 +108,13 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 
 
-def test_projections_are_fitted_stored_and_reported(novels, tmp_path, capsys):
-    model = add_memory_projections(
-        AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama-infini"), dtype="float32")
-    )
+def test_projections_are_fitted_stored_and_reported(novels, calibrated, tmp_path, capsys):
+    model = add_memory_projections(AutoInfiniModelForCausalLM.from_pretrained(calibrated, dtype="float32"))
     model.save_pretrained(tmp_path / "model")
-    AutoTokenizer.from_pretrained(resolve("tiny-llama-infini")).save_pretrained(tmp_path / "model")
+    AutoTokenizer.from_pretrained(calibrated).save_pretrained(tmp_path / "model")
     options = ["--model", str(tmp_path / "model"), "--output_dir", str(tmp_path / "fitted")]
     small = ["--rows", "17", "--steps", "4", "--batch_size", "2", "--start_steps", "2", "--most_segments", "4"]
-    config = ROOT / "configs" / "pretrain" / "tiny_llama_told_3_fit.yaml"
+    config = ROOT / "configs" / "pretrain" / "tiny_llama_facts_8_fit.yaml"
     more = ["--least_segments", "3", "--train_folder", str(novels)]
     report = script("fit_projections").main(["--config", str(config), *options, *small, *more])
     cells = [report[when][name] for name in ("votes", "tokens") for when in ("before", "after")]

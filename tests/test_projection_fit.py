@@ -7,6 +7,7 @@ from test_retrieval_supervision import supervised
 
 from infini_hf import unpatch_model
 from infini_hf.attention import InfiniAttention
+from infini_hf.gate import affine
 from infini_hf.layer_fit import LayerFit
 from infini_hf.projection_fit import FitSettings, fit_memory_projections, measure, weighted
 from infini_hf.told_rows import compact, read_told_rows
@@ -163,6 +164,18 @@ def test_a_fit_by_tokens_finds_them_and_is_another_than_by_votes():
     assert abs(shares[0] - shares[1]) > 1e-4
 
 
+def test_shares_that_count_are_larger():
+    """In the first layer; what the second of this random model asks with tells little apart."""
+
+    def share(weight):
+        settings = FitSettings(steps=200, batch_size=4, share_weight=weight)
+        model = model_with_projections(feature_map="softmax")
+        layers = fit_memory_projections(model, pairs(80), settings=settings, progress=False)["after"]["layers"]
+        return layers[0]["share"]
+
+    assert share(1.0) > 1.5 * share(0.0)
+
+
 def test_places_of_one_token_are_counted_together():
     """Counted one by one, in rows where a value stands at another place too."""
     model, rows = model_with_projections(), pairs(6)
@@ -183,6 +196,18 @@ def test_places_of_one_token_are_counted_together():
     assert found["tokens"] == pytest.approx(right / total)
     assert found["tokens"] != found["votes"]
     assert found["layers"][1]["tokens"] == measure(fits[1:], gathered)["tokens"]
+
+
+def test_the_larger_the_spread_the_fewer_channels_a_fresh_start_reaches():
+    """By the channels that a query is asked with as if they were alike, 1 / Σ σ(q)²."""
+    model, reached = model_with_projections(feature_map="softmax"), []
+    gathered = read_told_rows(model, layers_of(model), pairs(20))
+    for spread in (1.0, 4.0, 16.0):
+        fit = LayerFit(layers_of(model)[1], gathered)
+        fit.start_anew(gathered, 20, torch.Generator().manual_seed(0), spread)
+        queries = torch.cat([affine(fit.states(row, "query"), fit.query).softmax(-1) for row in gathered], dim=1)
+        reached.append((1 / queries.square().sum(-1)).mean().item())
+    assert reached[0] > 1.5 * reached[1] > 1.5 * 1.5 * reached[2]
 
 
 def test_a_fit_is_the_same_for_the_same_seed():
@@ -227,6 +252,8 @@ def test_a_model_without_projections_or_patch_and_rows_without_sources_are_refus
         {"start_steps": -1},
         {"learning_rate": 0.0},
         {"filler": float("nan")},
+        {"spread": 0.0},
+        {"share_weight": -0.1},
         {"filler_kept": 0.0},
         {"filler_kept": 1.5},
         {"loss": "share"},
