@@ -3,7 +3,7 @@
     python scripts/fit_projections.py --config configs/pretrain/tiny_llama_facts_8_fit.yaml --train_folder NOVELS/train
 
 The weights rest; what reads the memory has to learn afterwards what it now holds. Prints, for rows that were kept out,
-how often the heads' votes find the source of an answer, and its token, before and after. Takes a few minutes on a CPU.
+how often the heads' votes find the source of an answer, and its token, before and after. Takes minutes on a CPU.
 """
 
 import dataclasses
