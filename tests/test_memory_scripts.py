@@ -28,6 +28,14 @@ def script(name):
     return module
 
 
+@pytest.fixture(autouse=True)
+def precision():
+    """A script sets the precision of products for its process, which here is that of all other tests."""
+    before = torch.get_float32_matmul_precision()
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
 @pytest.fixture(scope="module")
 def novels(tmp_path_factory):
     folder = tmp_path_factory.mktemp("novels")
@@ -74,13 +82,9 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
     more = ["--memory_projections", "--mix_heads", "--projected_layers", "2", "--resting_layers", "2"]
     small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1"]
     rest = ["--disable_tqdm", "true", "--save_steps", "2", "--longest_reading", "1280", "--warmup_steps", "0"]
-    precision = torch.get_float32_matmul_precision()
-    try:
-        given = [*options, *patch, *more, *small, *rest, "--matmul_precision", "high"]
-        script("finetune_memory").main(["--config", str(STAGE), *given])
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision(precision)
+    given = [*options, *patch, *more, *small, *rest, "--matmul_precision", "high"]
+    script("finetune_memory").main(["--config", str(STAGE), *given])
+    assert torch.get_float32_matmul_precision() == "high"
     before = load_file(Path(resolve("tiny-llama")) / "model.safetensors")
     after = load_file(tmp_path / "final" / "model.safetensors")
     for name, weight in before.items():
