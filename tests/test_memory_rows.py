@@ -196,3 +196,29 @@ def test_writes_of_rows_with_named_facts_are_scaled_when_told(tokenizer):
     lanes = MemoryRowStyle(passkey_fraction=0.0, rows_alike=4, novel_lanes=1, dilute_named=False)
     rows = MemoryRows([PROSE], tokenizer, 8, 32, lanes)
     assert not any(rows[index]["dilute"] for index in range(8))
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.5, 1.0])
+def test_filler_holds_numbers_that_nobody_asks_for_as_told(tokenizer, fraction):
+    common = {"least_segments": 8, "most_segments": 8, "passkey_fraction": 1.0, "most_digits": 5}
+    prose = re.sub(r"\d", "", PROSE)
+    rows, without = (
+        MemoryRows([prose], tokenizer, 60, 32, MemoryRowStyle(**common, number_fraction=share))
+        for share in (fraction, 0.0)
+    )
+    with_numbers = 0
+    for index in range(60):
+        row, plain = rows[index], without[index]
+        assert len(row["input_ids"]) == 8 * 32
+        numbers, key = (re.findall(r"\d+", tokenizer.decode(ids["input_ids"])) for ids in (row, plain))
+        # Of the row without them nothing is a number but its key, and nothing else in the row is as long.
+        assert len(set(key)) == 1
+        assert {number for number in numbers if len(number) == 5} == set(key)
+        told = row["sources"] >= 0
+        assert torch.equal(row["input_ids"][told], row["input_ids"][row["sources"][told]])
+        with_numbers += set(numbers) != set(key)
+        if fraction == 0.0:
+            assert torch.equal(row["input_ids"], plain["input_ids"])
+    assert with_numbers == pytest.approx(60 * fraction, abs=15)
+    if fraction in (0.0, 1.0):
+        assert with_numbers == 60 * fraction

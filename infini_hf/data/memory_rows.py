@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, facts_of_kind, passkey_fact
+from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, draw_numbers, facts_of_kind, passkey_fact
 from .needles import draw_key as draw_passkey
 
 # Tokens that a named fact with its question and some filler take, and a brief one.
@@ -37,6 +37,9 @@ class MemoryRowStyle:
         alike_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named keys that are all made of
             the same two digits: what is said of a name can then be told apart by the name alone. Digits that differ
             find the next one by the last, whoever is asked for.
+        number_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts whose filler holds a few
+            numbers that nobody asks for, years and amounts of four digits at most: a long stream of novels
+            holds hundreds, a short row hardly any.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
         rows_alike (`int`, *optional*, defaults to `16`): so many rows in turn are equally long: a batch of them
             holds no padding.
@@ -62,6 +65,7 @@ class MemoryRowStyle:
     most_gap: int = 0
     brief_fraction: float = 0.0
     alike_fraction: float = 0.0
+    number_fraction: float = 0.0
     most_digits: int = 7
     rows_alike: int = 16
     answer_weight: float = 2.0
@@ -196,6 +200,16 @@ class MemoryRows(torch.utils.data.Dataset):
     def _source(self, rng):
         return self.grass if rng.random() < self.style.grass_fraction else self.novels
 
+    def _with_numbers(self, rng, filler):
+        """Filler in which a few places have given way to numbers."""
+        filler = filler.copy()
+        for phrase in draw_numbers(rng):
+            ids = self._encode(phrase)
+            if len(ids) < len(filler):
+                start = int(rng.integers(0, len(filler) - len(ids)))
+                filler[start : start + len(ids)] = ids
+        return filler
+
     def _haystack(self, rng, facts, joiner, room):
         """`room` tokens of filler, cut where the facts fall, which is anywhere; and where each of them stands."""
         header = [self._encode(PASSKEY_HEADER + joiner)] if rng.random() < 0.5 else []
@@ -206,6 +220,9 @@ class MemoryRows(torch.utils.data.Dataset):
         source = self._source(rng)
         start = int(rng.integers(0, len(source) - filler_length))
         filler = source[start : start + filler_length]
+        # Without the option nothing is drawn for it: rows of older recipes stay what they were.
+        if self.style.number_fraction and rng.random() < self.style.number_fraction:
+            filler = self._with_numbers(rng, filler)
         cuts = np.sort(rng.integers(0, filler_length + 1, len(facts)))
         pieces, last, places = list(header), 0, []
         for cut, needle in zip(cuts, needles, strict=True):

@@ -53,6 +53,21 @@ class Fact:
     name: str = ""
 
 
+# Each begins and ends with what is no digit, so that two that meet are no longer number.
+NUMBER_PHRASES = (
+    " in {},",
+    " {} ",
+    " No. {}.",
+    " of {} ",
+    " {} miles",
+    " CHAPTER {}.",
+    " ({})",
+    "-{}-",
+    " £{} ",
+    " {},",
+)
+
+
 def is_test_key(key):
     """Whether a key belongs to the tenth that is kept for tests."""
     return zlib.crc32(key.encode()) % 10 == 0
@@ -128,6 +143,19 @@ def grass_filler(characters, offset=0):
     unit = GRASS + " "
     offset %= len(unit)
     return (unit * ((characters + offset) // len(unit) + 1))[offset : offset + characters]
+
+
+def draw_numbers(rng, most=6):
+    """One to `most` phrases with a number as novels have them: years, amounts, chapters; four digits at most."""
+    phrases = []
+    for _ in range(int(rng.integers(1, most + 1))):
+        if rng.random() < 0.5:
+            number = int(rng.integers(1500, 2000))
+        else:
+            digits = int(rng.integers(1, 5))
+            number = int(rng.integers(10 ** (digits - 1), 10**digits))
+        phrases.append(str(rng.choice(NUMBER_PHRASES)).format(number))
+    return phrases
 
 
 def text_slice(rng, text, characters):
