@@ -213,12 +213,10 @@ def test_filler_holds_numbers_that_nobody_asks_for_as_told(tokenizer, fraction):
         numbers, key = (re.findall(r"\d+", tokenizer.decode(ids["input_ids"])) for ids in (row, plain))
         # Of the row without them nothing is a number but its key, and nothing else in the row is as long.
         assert len(set(key)) == 1
-        assert {number for number in numbers if len(number) == 5} == set(key)
+        assert {number for number in numbers if len(number) > 4} == set(key)
         told = row["sources"] >= 0
         assert torch.equal(row["input_ids"][told], row["input_ids"][row["sources"][told]])
         with_numbers += set(numbers) != set(key)
-        if fraction == 0.0:
-            assert torch.equal(row["input_ids"], plain["input_ids"])
     assert with_numbers == pytest.approx(60 * fraction, abs=15)
     if fraction in (0.0, 1.0):
         assert with_numbers == 60 * fraction

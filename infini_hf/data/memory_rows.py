@@ -38,8 +38,8 @@ class MemoryRowStyle:
             the same two digits: what is said of a name can then be told apart by the name alone. Digits that differ
             find the next one by the last, whoever is asked for.
         number_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts whose filler holds a few
-            numbers that nobody asks for, years and amounts of four digits at most: a long stream of novels
-            holds hundreds, a short row hardly any.
+            numbers that nobody asks for, of four digits at most: a long stream of novels holds hundreds, a short row
+            hardly any.
         most_digits (`int`, *optional*, defaults to `7`): digits of the longest key; the shortest has five.
         rows_alike (`int`, *optional*, defaults to `16`): so many rows in turn are equally long: a batch of them
             holds no padding.

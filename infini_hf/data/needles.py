@@ -53,7 +53,7 @@ class Fact:
     name: str = ""
 
 
-# Each begins and ends with what is no digit, so that two that meet are no longer number.
+# Each begins and ends with what is no digit: where one gives way to a part of another, no longer number comes of it.
 NUMBER_PHRASES = (
     " in {},",
     " {} ",
