@@ -19,7 +19,7 @@ from .told_rows import read_told_rows, thinned, tracked
 
 # Of so many rows one is kept out, to see what the fit is worth.
 KEPT_OUT = 16
-NO_PROJECTIONS = "the memory has no projections of its own: call infini_hf.calibration.add_memory_projections first"
+NO_PROJECTIONS = "the memory has no projections of its own{where}: {other}infini_hf.calibration.add_memory_projections"
 
 
 @dataclass(frozen=True)
@@ -134,8 +134,13 @@ def layers_to_fit(inner, layers, anew):
             f"layers={layers}, anew={list(anew)}: {absent or 'none'} cannot be fitted; patched are {sorted(patched)}, "
             "and what begins anew has to be among the layers"
         )
-    if any(patched[index].memory_gate.query_projection is None for index in wanted):
-        raise ValueError(NO_PROJECTIONS)
+    having = [index for index, layer in sorted(patched.items()) if layer.memory_gate.query_projection is not None]
+    bare = [index for index in wanted if index not in having]
+    if bare and having:
+        where, other = f" in layers {bare}", f"fit those that have, layers={having}, or call "
+        raise ValueError(NO_PROJECTIONS.format(where=where, other=other))
+    if bare:
+        raise ValueError(NO_PROJECTIONS.format(where="", other="first call "))
     return [patched[index] for index in wanted]
 
 

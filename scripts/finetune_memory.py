@@ -38,6 +38,8 @@ def main(argv=None):
     model_args, memory_args, row_args, args = parse_arguments(
         (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
     )
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps={args.max_steps}: must be at least 1, since rows are drawn for so many steps")
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
     set_seed(args.seed)
     model, tokenizer = model_args.load()

@@ -61,6 +61,10 @@ def build_model(args, tokenizer):
 
 def main():
     args, training_args = parse_arguments((BaseArguments, TrainingArguments), __doc__)
+    if training_args.max_steps < 1:
+        raise ValueError(
+            f"max_steps={training_args.max_steps}: must be at least 1, since rows are drawn for so many steps"
+        )
     if args.threads:
         torch.set_num_threads(args.threads)
     set_seed(training_args.seed)

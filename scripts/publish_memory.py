@@ -2,10 +2,11 @@
 
     python scripts/publish_memory.py --model outputs/tiny-llama-infini-2/final --output outputs/published
     infini-hf passkey outputs/published --haystack NOVELS/validation --lengths 32k --output outputs/passkey.jsonl
-    python scripts/publish_memory.py --output outputs/published --samples outputs/passkey.jsonl
+    python scripts/publish_memory.py --output outputs/published --samples outputs/passkey.jsonl --configs STAGES
 
-The weights come first, since what is measured has to be what ships. The card then shows the tables of the sample files
-of `infini-hf passkey`, and those of `scripts/evaluate.py`, with the commands that made them.
+STAGES are the YAML files of all stages, in order: the card says how the model was trained. The weights come first, as
+what is measured has to be what ships: samples of other weights are refused. The card then shows the tables of the
+sample files of `infini-hf passkey`, and those of `scripts/evaluate.py`.
 """
 
 import re
@@ -25,7 +26,10 @@ from infini_hf.cli.names import find_file, find_model
 from infini_hf.data.memory_rows import MemoryRowStyle
 from infini_hf.evaluation.needles.samples import SampleFile
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
+from infini_hf.snapshot import fingerprint
 
+# Segments of the stages before one that says how long they are.
+MISSING_LENGTH = 128
 CARD = """---
 language: en
 license: apache-2.0
@@ -73,7 +77,8 @@ def store(model, output):
     loaded.save_pretrained(output)
     AutoTokenizer.from_pretrained(folder).save_pretrained(output)
     for file in Path(output).iterdir():
-        file.chmod(0o644)
+        if file.is_file():
+            file.chmod(0o644)
 
 
 def recipe(configs):
@@ -81,13 +86,14 @@ def recipe(configs):
     lines = ["`NOVELS/train` is a folder of plain-text novels; each stage goes on from the one before.", ""]
     rows = ["| stage | from | rows | steps | what |", "|---|---|---|---|---|"]
     stages = [yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8")) for path in configs]
-    for path, stage, after in zip(configs, stages, [*stages[1:], {}], strict=True):
+    length = MISSING_LENGTH
+    for path, stage, after in zip(configs, stages, [*stages, {}][1:], strict=True):
         # A fit of projections has a number of rows, training a number of steps.
         fits = "max_steps" not in stage
         script = "fit_projections" if fits else "finetune_memory"
         lines += [f"    python scripts/{script}.py --config {path} \\", "        --train_folder NOVELS/train"]
         style = {**asdict(MemoryRowStyle()), **stage}
-        length = stage.get("segment_length", 128)
+        length = stage.get("segment_length", length)
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
         batch, steps, what = (of_fit if fits else of_training)(stage, style)
@@ -142,9 +148,19 @@ def card(output, name, configs):
     )
 
 
-def sample_lines(path):
-    """The tables of one evaluation."""
+def fingerprints(output):
+    """What samples of the model in `output` are of, by the dtypes in which it may have been measured."""
+    models = (AutoInfiniModelForCausalLM.from_pretrained(output, dtype=dtype) for dtype in ("float32", "auto"))
+    return [fingerprint(model.get_decoder()) for model in models]
+
+
+def sample_lines(path, known):
+    """The tables of one evaluation, of one of the `known` fingerprints."""
     file = SampleFile(find_file(path, "samples"))
+    if not file.samples:
+        raise ValueError(f"samples={path!r}: holds no sample; let infini-hf passkey write one")
+    if file.about.get("weights") not in [own["weights"] for own in known]:
+        raise ValueError(f"samples={path!r}: of other weights than the model in output; measure that one")
     task = dict(file.about["task"])
     options = ", ".join(
         f"{key} {value}" for key, value in {**task, "seed": file.about["seed"]}.items() if key != "name"
@@ -160,8 +176,9 @@ def main(argv=None):
         store(args.model, args.output)
     output = Path(args.output)
     lines = [card(output, args.name or output.name, args.configs)]
+    known = fingerprints(output) if args.samples else []
     for path in args.samples:
-        lines += sample_lines(path)
+        lines += sample_lines(path, known)
     for path in args.tables:
         lines += [find_file(path, "tables").read_text(encoding="utf-8")]
     (output / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

@@ -155,6 +155,13 @@ def test_demo_finds_the_key_with_the_memory_alone(run, book, memory):
     assert InfiniCache.from_pretrained(memory, model=model).seen == (6000,)
 
 
+def test_demo_shows_no_more_tokens_than_it_read(run):
+    """The last of the boundaries that it looks at rounds to 384."""
+    shown = run("demo", "--tokens", "370", "--threads", "1")
+    assert shown.exit_code == 0
+    assert re.findall(r"^│ +(\d+) │", shown.output, re.MULTILINE) == ["128", "256", "370"]
+
+
 @pytest.mark.parametrize(("options", "message"), [(("--key", "abc"), "--key abc"), (("--tokens", "10"), "10")])
 def test_demo_refuses_what_it_cannot_hide(run, options, message):
     if options[0] == "--key":

@@ -72,6 +72,22 @@ def test_a_config_that_is_broken_is_named(text, said, tmp_path, capsys):
     assert said in line
 
 
+@pytest.mark.parametrize("option", ["feature_map: softmax", "overlap: 0", "gate: sigmoid"])
+def test_a_part_of_a_patch_is_not_dropped(option, tmp_path):
+    """It was, where segment_length was left out: another memory was trained than the one asked for."""
+    path = tmp_path / "part.yaml"
+    path.write_text(f"model: tiny-llama\n{option}\n", encoding="utf-8")
+    (args,) = parse_arguments((ModelArguments,), "", ["--config", str(path)])
+    name, _, value = option.partition(": ")
+    with pytest.raises(ValueError, match=rf"^{name}='?{value}'? without segment_length"):
+        args.load()
+    (args,) = parse_arguments((ModelArguments,), "", ["--config", str(path), "--segment_length", "64"])
+    patch = args.infini_config()
+    assert (patch.segment_length, str(getattr(patch, name))) == (64, value)
+    (args,) = parse_arguments((ModelArguments,), "", ["--model", "tiny-llama-infini"])
+    assert args.infini_config() is None
+
+
 def test_a_config_that_is_no_text_is_named(tmp_path):
     path = tmp_path / "wrong.yaml"
     path.write_bytes(b"\xff\xfe")
@@ -129,5 +145,5 @@ def test_help_keeps_the_examples_and_shows_defaults_and_what_is_required(capsys)
     shown = capsys.readouterr().out
     assert description in shown
     assert "(tiny-llama) (required)" in " ".join(shown.split())
-    assert "(default: elu)" in " ".join(shown.split())
+    assert "(default: auto)" in " ".join(shown.split())
     assert "default: None" not in shown

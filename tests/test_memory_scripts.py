@@ -15,6 +15,7 @@ from infini_hf.assets import resolve
 from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
+from infini_hf.snapshot import fingerprint
 
 ROOT = Path(__file__).parent.parent
 STAGE = ROOT / "configs" / "pretrain" / "tiny_llama_infini_2_novels.yaml"
@@ -129,19 +130,35 @@ def test_projections_are_fitted_stored_and_reported(novels, calibrated, tmp_path
     assert moved == {f"model.layers.{i}.self_attn.memory_gate.{part}.weight" for i in (2, 3) for part in parts}
 
 
+@pytest.mark.parametrize("options", [[], ["--num_train_epochs", "2"]])
+def test_rows_are_drawn_for_a_number_of_steps(options, novels):
+    given = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", "unused", *options]
+    with pytest.raises(ValueError, match=r"^max_steps=-1: must be at least 1"):
+        script("finetune_memory").main(given)
+
+
 def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path):
-    samples = SampleFile(tmp_path / "keys.jsonl", {"task": {"name": "passkey", "digits": 5}, "seed": 3})
-    samples.append(
-        [
-            Sample("grass", 4096, 0.5, number, 0, 0.5, "memory", ("12345",), answered, int(answered == "12345"))
-            for number, answered in enumerate(["12345", "12345", "54321"])
-        ]
-    )
+    shipped = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama-infini"), dtype="float32")
+    of = {"task": {"name": "passkey", "digits": 5}, "seed": 3, **fingerprint(shipped.get_decoder())}
+    files = {
+        weights: SampleFile(tmp_path / f"{weights}.jsonl", {**of, "weights": weights})
+        for weights in (of["weights"], "other")
+    }
+    for file in files.values():
+        file.append(
+            [
+                Sample("grass", 4096, 0.5, number, 0, 0.5, "memory", ("12345",), answered, int(answered == "12345"))
+                for number, answered in enumerate(["12345", "12345", "54321"])
+            ]
+        )
+    samples = files[of["weights"]]
     output = tmp_path / "published"
     fit = ROOT / "configs" / "pretrain" / "tiny_llama_facts_4_fit.yaml"
     before = fit.with_name("tiny_llama_facts_3_memory.yaml")
     options = ["--configs", str(STAGE), str(before), str(fit), "--samples", str(samples.path)]
     script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
+    with pytest.raises(ValueError, match=r"other\.jsonl': of other weights than the model in output"):
+        script("publish_memory").main(["--output", str(output), "--samples", str(files["other"].path)])
     card = (output / "README.md").read_text(encoding="utf-8")
     assert "| grass | 4,096 | memory | 2 of 3 | **0.67** |" in card
     assert "| `tiny_llama_infini_2_novels` | `outputs/tiny-llama-infini-1/final` | 16 × 640 tokens | 160 |" in card

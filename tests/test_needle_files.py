@@ -86,6 +86,19 @@ def test_token_accuracy_counts_digits_in_their_place():
     assert token_table([*samples, answered(0.5, "123456", number=1)])[2:] == ["| grass, memory | 80/50/0 |"]
     # The three depths of the paper or nothing.
     assert token_table(samples[:3]) == []
+    # The text around a number is no digit out of place, and a word has no digits.
+    said = [replace(row, answered=f"is {row.answered}.") for row in samples]
+    assert token_table(said) == token_table(samples)
+    assert token_table([replace(row, expected=("amber",), answered="amber") for row in samples]) == []
+
+
+def test_a_line_that_lost_its_end_alone_is_whole(tmp_path):
+    """As a kill between a line and its newline leaves it: nothing is written behind it on the same line."""
+    file = SampleFile(tmp_path / "a.jsonl", {"seed": 0})
+    file.append([sample(number=n) for n in range(2)])
+    file.path.write_text(file.path.read_text().removesuffix("\n"))
+    SampleFile(file.path).append([sample(number=2)])
+    assert [row.number for row in SampleFile(file.path).samples] == [0, 1, 2]
 
 
 def test_tables_count_values_by_depth_and_length():

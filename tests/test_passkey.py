@@ -96,6 +96,35 @@ def test_a_run_goes_on_where_it_was_cut(prose_model, prose_tokenizer, prose_hays
     assert run(tmp_path / "b.jsonl", controls=("memory", "closed")) == again
 
 
+def test_a_control_that_is_added_is_asked_alone(prose_model, prose_tokenizer, prose_haystacks, tmp_path, monkeypatch):
+    """What the others said is in the file: at a million tokens, every answer takes its time."""
+    asked, original = [], runner.ask_with
+    monkeypatch.setattr(runner, "ask_with", lambda control, *args: asked.append(control) or original(control, *args))
+
+    def run(controls, path):
+        file = SampleFile(path, describe(prose_model, prose_haystacks))
+        cells = [Cell("grass", 150, depth) for depth in (0.5, 1.0)]
+        run_needles(
+            prose_model,
+            prose_tokenizer,
+            cells,
+            range(2),
+            prose_haystacks,
+            file,
+            controls,
+            batch_size=2,
+            progress=False,
+        )
+        return sorted(map(str, SampleFile(path).samples))
+
+    run(("memory",), tmp_path / "a.jsonl")
+    assert asked == ["memory"] * 2
+    asked.clear()
+    both = run(("memory", "closed"), tmp_path / "a.jsonl")
+    assert asked == ["closed"] * 2
+    assert both == run(("memory", "closed"), tmp_path / "b.jsonl")
+
+
 def test_a_batch_that_would_be_alone_takes_one_more():
     assert jobs.batches_of(range(17), 8) == [[*range(8)], [*range(8, 15)], [15, 16]]
     assert jobs.batches_of(range(5), 2) == [[0, 1], [2, 3, 4]]

@@ -237,6 +237,11 @@ def test_a_model_without_projections_or_patch_and_rows_without_sources_are_refus
     bare = build_patched("llama", segment_length=SEGMENT, feature_map="exp")
     with pytest.raises(ValueError, match=r"call infini_hf\.calibration"):
         fit_memory_projections(bare, pairs(4))
+    some = model_with_projections()
+    gate = layers_of(some)[0].memory_gate
+    gate.query_projection = gate.key_projection = None
+    with pytest.raises(ValueError, match=r"own in layers \[0\]: fit those that have, layers=\[1\], or call infini_hf"):
+        fit_memory_projections(some, pairs(4))
     with pytest.raises(ValueError, match="is not patched"):
         fit_memory_projections(unpatch_model(bare), pairs(4))
     rows = [{"input_ids": random_ids(1, 30)[0], "sources": torch.full((30,), -1)}]

@@ -18,7 +18,7 @@ from ..evaluation.needles.questions import ask_with
 from ..streaming import prefill
 from .common import THREADS, encode, human_bytes, load, read_text
 
-# Tokens between two looks at the state.
+# Looks at the state, the first of which is at its beginning.
 REPORTS = 8
 # The key's digits, and what may stand before them.
 SPARE_TOKENS = 5
@@ -35,9 +35,9 @@ def demo(
 ):
     """Hide a passkey at the start of a stream of a million tokens, read it once, and ask for the key.
 
-    Offline, on the CPU, in minutes. The state has the same size at every position. The control asks the same question
-    of the same cache with the memory closed: what is left is the local window, with the trace that the memory left in
-    its keys and values. A text that is shorter than the stream begins again.
+    Offline, on the CPU, in minutes. The state has the same size at every segment boundary. The control asks the
+    same question of the same cache with the memory closed: what is left is the local window, with the trace that the
+    memory left in its keys and values. A text that is shorter than the stream begins again.
     """
     console = Console()
     language_model, tokenizer = load(model, None, "float32", "cpu", threads)
@@ -75,11 +75,11 @@ def read_with_reports(model, ids, cache):
     for column in table.columns:
         column.justify = "right"
     # At segment boundaries, where the state holds no open segment.
-    length = infini_config_of(model.config).segment_length
-    edges = sorted(
-        {*(round(part * ids.shape[1] / REPORTS / length) * length for part in range(REPORTS)), ids.shape[1]}
-    )
-    with tqdm(total=ids.shape[1], unit="tok", unit_scale=True, desc="reading", leave=False) as bar:
+    length, tokens = infini_config_of(model.config).segment_length, ids.shape[1]
+    boundaries = (round(part * tokens / REPORTS / length) * length for part in range(REPORTS))
+    # The last may round to one beyond the stream.
+    edges = sorted({*(min(boundary, tokens) for boundary in boundaries), tokens})
+    with tqdm(total=tokens, unit="tok", unit_scale=True, desc="reading", leave=False) as bar:
         for left, right in pairwise(edges):
             began = time.perf_counter()
             for chunk in ids[:, left:right].split(8192, dim=1):

@@ -27,11 +27,15 @@ class ModelArguments:
     dtype: str = field(default="auto", metadata={"help": "weights' dtype: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
     segment_length: int | None = field(default=None, metadata={"help": "tokens in a segment; default: the model's"})
-    memory_update: str = field(default="linear", metadata={"help": "linear or delta"})
-    feature_map: str = field(default="elu", metadata={"help": "elu, exp or softmax"})
-    gate: str = field(default="tanh", metadata={"help": "tanh or sigmoid"})
-    overlap: int = field(default=0, metadata={"help": "tokens of the last segment that local attention still sees"})
-    sink_tokens: int = field(default=0, metadata={"help": "first tokens that local attention always sees"})
+    memory_update: str | None = field(default=None, metadata={"help": "linear (default) or delta"})
+    feature_map: str | None = field(default=None, metadata={"help": "elu (default), exp or softmax"})
+    gate: str | None = field(default=None, metadata={"help": "tanh (default) or sigmoid"})
+    overlap: int | None = field(
+        default=None, metadata={"help": "tokens of the last segment that local attention still sees (default: none)"}
+    )
+    sink_tokens: int | None = field(
+        default=None, metadata={"help": "first tokens that local attention always sees (default: none)"}
+    )
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
     matmul_precision: str | None = field(
         default=None,
@@ -42,11 +46,22 @@ class ModelArguments:
     )
 
     def infini_config(self):
-        """The patch asked for, or `None` for that of the checkpoint."""
-        if self.segment_length is None:
-            return None
-        names = ("segment_length", "memory_update", "feature_map", "gate", "overlap", "sink_tokens")
-        return InfiniConfig(**{name: getattr(self, name) for name in names})
+        """The patch asked for, or `None` for that of the checkpoint.
+
+        Raises:
+            ValueError: when a part of a patch is asked for without its `segment_length`.
+        """
+        names = ("memory_update", "feature_map", "gate", "overlap", "sink_tokens")
+        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        if self.segment_length is not None:
+            return InfiniConfig(segment_length=self.segment_length, **asked)
+        if asked:
+            name, value = next(iter(asked.items()))
+            raise ValueError(
+                f"{name}={value!r} without segment_length: a patch is asked for as a whole. Give segment_length too, "
+                "or leave the option out: a patched checkpoint then keeps its own patch"
+            )
+        return None
 
     def load(self, adapter=None, **options):
         """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""

@@ -127,6 +127,8 @@ class MemoryRows(torch.utils.data.Dataset):
         return self.rows
 
     def __getitem__(self, index):
+        if not 0 <= index < self.rows:
+            raise IndexError(f"index={index}: there are {self.rows} rows")
         batch, lane = divmod(index, self.style.rows_alike)
         length = self.lengths[batch]
         if lane < self.style.novel_lanes:

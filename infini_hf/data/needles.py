@@ -176,7 +176,7 @@ def hide(facts, filler, depths, joiner=" "):
 
 
 def draw_facts(rng, count, split="train", most_digits=7):
-    """`count` facts of one random kind; several facts carry distinct names and values."""
+    """`count` facts of one random kind; several facts carry distinct names, and words that differ."""
     kind = "passkey" if count == 1 and rng.random() < 0.5 else str(rng.choice(["key", "word"]))
     return facts_of_kind(rng, kind, count, split, most_digits)
 

@@ -46,16 +46,17 @@ def plan_jobs(cells, numbers, haystacks, samples, controls, batch_size):
             kept = tuple(control for control in controls if control != "other" or len(batch) > 1)
             layouts = {cell: [haystacks.layout(cell, number) for number in batch] for cell in group}
             missing = {
-                cell: rows
+                (cell, control)
                 for cell, rows in layouts.items()
-                if any(
-                    asked[cell, number, control] < len(row.trial.questions)
-                    for number, row in zip(batch, rows, strict=True)
-                    for control in kept
-                )
+                for number, row in zip(batch, rows, strict=True)
+                for control in kept
+                if asked[cell, number, control] < len(row.trial.questions)
             }
-            if missing and kept:
-                jobs.append(Job(haystack, tokens, batch, missing, kept))
+            cells_left = {cell for cell, _ in missing}
+            left = {cell: rows for cell, rows in layouts.items() if cell in cells_left}
+            ways = tuple(control for control in kept if any(control == way for _, way in missing))
+            if missing:
+                jobs.append(Job(haystack, tokens, batch, left, ways))
     return jobs
 
 

@@ -1,4 +1,4 @@
-"""A needle evaluation from cells to samples: what the file already holds is neither read nor asked again."""
+"""A needle evaluation from cells to samples: a batch of streams that the file holds is not read again."""
 
 import json
 from dataclasses import asdict

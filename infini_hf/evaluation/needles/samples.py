@@ -57,8 +57,8 @@ class SampleFile:
 
     def __init__(self, path, about=None):
         self.path = Path(path)
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
-        rows = [row for row in map(parse, lines) if row is not None]
+        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        rows = [row for row in map(parse, text.splitlines()) if row is not None]
         if rows:
             self.about = rows[0].get("about")
             if self.about is None:
@@ -70,7 +70,7 @@ class SampleFile:
         self.samples = [Sample(**{**row, "expected": tuple(row["expected"])}) for row in rows[1:]]
         self.begun = bool(rows)
         # A kill may have cut the last line short: the next one begins a line of its own.
-        self.cut_short = bool(lines) and parse(lines[-1]) is None
+        self.cut_short = bool(text) and not text.endswith("\n")
 
     def append(self, samples):
         """Add samples, on the disk before this returns."""

@@ -2,6 +2,7 @@
 
 from itertools import zip_longest
 
+from ...data.needles import first_answer
 from ..recall import wilson_interval
 from .streams import DEPTHS, HAYSTACKS, SPREAD
 
@@ -88,12 +89,12 @@ def token_table(samples):
     """Token accuracy at start, middle and end, as in table 3 of arXiv 2404.07143: digits in their right place.
 
     Args:
-        samples (`list[Sample]`): of an evaluation whose answers are numbers.
+        samples (`list[Sample]`): of an evaluation; those whose one answer is no number are left out.
 
     Returns:
         `list[str]`: no line when a depth of the three was not asked for.
     """
-    shown = [sample for sample in samples if sample.depth in PAPER_DEPTHS and len(sample.expected) == 1]
+    shown = [s for s in samples if s.depth in PAPER_DEPTHS and len(s.expected) == 1 and s.expected[0].isdigit()]
     if {sample.depth for sample in shown} != set(PAPER_DEPTHS):
         return []
     lengths = sorted({sample.tokens for sample in shown})
@@ -113,7 +114,8 @@ def token_table(samples):
 
 def digits_in_place(samples):
     """Share of the expected digits that were answered in their place, or `None` of no samples."""
-    pairs = [(sample.expected[0], sample.answered) for sample in samples]
+    # Of a task whose answers may be words, what was answered is the text around the number too.
+    pairs = [(sample.expected[0], first_answer(sample.answered, "key")) for sample in samples]
     asked = sum(len(expected) for expected, _ in pairs)
     right = sum(a == b for expected, answered in pairs for a, b in zip_longest(expected, answered[: len(expected)]))
     return right / asked if asked else None
