@@ -72,6 +72,16 @@ def test_a_config_that_is_broken_is_named(text, said, tmp_path, capsys):
     assert said in line
 
 
+def test_numbers_that_slow_a_cpu_down_are_zero_while_a_script_runs():
+    """And not in the process that called it, which may be the user's own."""
+    small, found = torch.full((64,), 1e-30), []
+    run_script(lambda: found.append((small * 1e-10).count_nonzero().item()))
+    if not torch.set_flush_denormal(False):
+        pytest.skip("this CPU knows no such mode")
+    assert found == [0]
+    assert (small * 1e-10).count_nonzero() == 64
+
+
 @pytest.mark.parametrize("option", ["feature_map: softmax", "overlap: 0", "gate: sigmoid"])
 def test_a_part_of_a_patch_is_not_dropped(option, tmp_path):
     """It was, where segment_length was left out: another memory was trained than the one asked for."""
