@@ -53,6 +53,9 @@ remembers is measured below.
 Share of the memory in the output, layer by layer (mean over the heads; least to greatest): {gates}
 
 ## Measured
+
+`closed` shuts the gates, `other` reads the memory of another stream. At depth 1 a single key lies in the local window
+and needs no memory. What the figures mean is said in docs/results.md of the repository.
 """
 
 
@@ -165,7 +168,8 @@ def sample_lines(path, known):
     options = ", ".join(
         f"{key} {value}" for key, value in {**task, "seed": file.about["seed"]}.items() if key != "name"
     )
-    lines = [f"### {task['name']}, {options}", ""]
+    haystacks = " and ".join(dict.fromkeys(sample.haystack for sample in file.samples))
+    lines = [f"### {task['name']} in {haystacks}, {options}", ""]
     lines += [*result_table(file.samples), "", *depth_table(file.samples)]
     return [*lines, "", *token_table(file.samples), ""]
 
@@ -180,7 +184,7 @@ def main(argv=None):
     for path in args.samples:
         lines += sample_lines(path, known)
     for path in args.tables:
-        lines += [find_file(path, "tables").read_text(encoding="utf-8")]
+        lines += ["### Perplexity", "", find_file(path, "tables").read_text(encoding="utf-8")]
     (output / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")
     print(f"{output}: model and card")
 

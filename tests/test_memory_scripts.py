@@ -171,7 +171,7 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     assert (
         "| `tiny_llama_facts_3_memory` | `outputs/tiny-llama-facts-2` | 32 × 256 to 768 tokens | 300 of 600 |" in card
     )
-    assert "### passkey, digits 5, seed 3" in card
+    assert "### passkey in grass, digits 5, seed 3" in card
     ids = torch.arange(2, 302)[None]
     logits = [
         AutoInfiniModelForCausalLM.from_pretrained(folder, dtype="float32")(ids).logits
