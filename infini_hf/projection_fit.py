@@ -19,7 +19,6 @@ from .told_rows import read_told_rows, thinned, tracked
 
 # Of so many rows one is kept out, to see what the fit is worth.
 KEPT_OUT = 16
-NO_PROJECTIONS = "the memory has no projections of its own{where}: {other}infini_hf.calibration.add_memory_projections"
 
 
 @dataclass(frozen=True)
@@ -136,11 +135,12 @@ def layers_to_fit(inner, layers, anew):
         )
     having = [index for index, layer in sorted(patched.items()) if layer.memory_gate.query_projection is not None]
     bare = [index for index in wanted if index not in having]
-    if bare and having:
-        where, other = f" in layers {bare}", f"fit those that have, layers={having}, or call "
-        raise ValueError(NO_PROJECTIONS.format(where=where, other=other))
     if bare:
-        raise ValueError(NO_PROJECTIONS.format(where="", other="first call "))
+        other = f"fit those that have, layers={having}, or " if having else ""
+        raise ValueError(
+            f"the memory has no projections of its own in layers {bare}: {other}call "
+            "infini_hf.calibration.add_memory_projections first"
+        )
     return [patched[index] for index in wanted]
 
 

@@ -18,7 +18,7 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.run_training import train_and_report
-from infini_hf.cli.script_arguments import ModelArguments, command_line
+from infini_hf.cli.script_arguments import ModelArguments, command_line, rows_to_draw
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
 
@@ -38,15 +38,13 @@ def main(argv=None):
     model_args, memory_args, row_args, args = parse_arguments(
         (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
     )
-    if args.max_steps < 1:
-        raise ValueError(f"max_steps={args.max_steps}: must be at least 1, since rows are drawn for so many steps")
+    count = rows_to_draw(args)
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
     set_seed(args.seed)
     model, tokenizer = model_args.load()
     texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)
     memory_args.rest(model)
-    count = args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.row_groups
     rows = MemoryRows(
         texts,
         tokenizer,

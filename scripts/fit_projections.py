@@ -57,7 +57,7 @@ def main(argv=None):
     memory_args.prepare(model, tokenizer, texts)
     length = infini_config_of(model.config).segment_length
     rows = MemoryRows(texts, tokenizer, args.rows, length, args.style(), settings.seed)
-    drawn = [rows[index] for index in tracked(range(len(rows)), True, "drawing rows")]
+    drawn = list(tracked(rows, True, "drawing rows"))
     report = fit_memory_projections(model, drawn, args.layers, args.anew, settings)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)

@@ -18,6 +18,7 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.script_arguments import rows_to_draw
 from infini_hf.data.base_rows import BaseRows, read_texts, train_tokenizer
 
 
@@ -61,10 +62,7 @@ def build_model(args, tokenizer):
 
 def main():
     args, training_args = parse_arguments((BaseArguments, TrainingArguments), __doc__)
-    if training_args.max_steps < 1:
-        raise ValueError(
-            f"max_steps={training_args.max_steps}: must be at least 1, since rows are drawn for so many steps"
-        )
+    count = rows_to_draw(training_args)
     if args.threads:
         torch.set_num_threads(args.threads)
     set_seed(training_args.seed)
@@ -75,9 +73,8 @@ def main():
     else:
         tokenizer = train_tokenizer(texts, args.vocab_size)
         model = build_model(args, tokenizer)
-    steps_rows = training_args.max_steps * training_args.train_batch_size * training_args.gradient_accumulation_steps
     rows = BaseRows(
-        texts, tokenizer, steps_rows, args.row_length, args.recall_fraction, args.recall_style, training_args.seed
+        texts, tokenizer, count, args.row_length, args.recall_fraction, args.recall_style, training_args.seed
     )
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, processing_class=tokenizer)
     Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)

@@ -26,7 +26,7 @@ from infini_hf.cli.names import find_file, find_model
 from infini_hf.data.memory_rows import MemoryRowStyle
 from infini_hf.evaluation.needles.samples import SampleFile
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
-from infini_hf.snapshot import fingerprint
+from infini_hf.snapshot import digest_weights
 
 # Segments of the stages before one that says how long they are.
 MISSING_LENGTH = 128
@@ -135,9 +135,8 @@ def of_training(stage, style):
     return stage["per_device_train_batch_size"], stage["max_steps"], what
 
 
-def card(output, name, configs):
+def card(model, name, configs):
     """The card without its tables."""
-    model = AutoInfiniModelForCausalLM.from_pretrained(output, dtype="auto")
     patch, shape = infini_config_of(model.config), model.config
     gates = [values for _, values in sorted(gate_values(model).items())]
     values = len(gates) * shape.num_key_value_heads * shape.head_dim * (shape.head_dim + 1)
@@ -151,18 +150,12 @@ def card(output, name, configs):
     )
 
 
-def fingerprints(output):
-    """What samples of the model in `output` are of, by the dtypes in which it may have been measured."""
-    models = (AutoInfiniModelForCausalLM.from_pretrained(output, dtype=dtype) for dtype in ("float32", "auto"))
-    return [fingerprint(model.get_decoder()) for model in models]
-
-
 def sample_lines(path, known):
-    """The tables of one evaluation, of one of the `known` fingerprints."""
+    """The tables of one evaluation, of weights with one of the `known` digests."""
     file = SampleFile(find_file(path, "samples"))
     if not file.samples:
         raise ValueError(f"samples={path!r}: holds no sample; let infini-hf passkey write one")
-    if file.about.get("weights") not in [own["weights"] for own in known]:
+    if file.about.get("weights") not in known:
         raise ValueError(f"samples={path!r}: of other weights than the model in output; measure that one")
     task = dict(file.about["task"])
     options = ", ".join(
@@ -179,8 +172,10 @@ def main(argv=None):
     if args.model is not None:
         store(args.model, args.output)
     output = Path(args.output)
-    lines = [card(output, args.name or output.name, args.configs)]
-    known = fingerprints(output) if args.samples else []
+    model = AutoInfiniModelForCausalLM.from_pretrained(output, dtype="auto")
+    lines = [card(model, args.name or output.name, args.configs)]
+    # As stored, and in float32: what it may have been measured in.
+    known = [digest_weights(decoder) for decoder in (model.get_decoder(), model.float().get_decoder())]
     for path in args.samples:
         lines += sample_lines(path, known)
     for path in args.tables:

@@ -101,6 +101,14 @@ def test_questions_are_parted_by_filler_when_told(tokenizer):
         assert max(gaps) < 12 * 12
 
 
+def test_rows_end_where_they_are_counted_to(tokenizer):
+    """Also where the last rows are no whole batch of one length."""
+    rows = MemoryRows([PROSE], tokenizer, 5, 32, MemoryRowStyle(rows_alike=4))
+    assert len(list(rows)) == len(rows) == 5
+    with pytest.raises(IndexError, match="index=5: there are 5 rows"):
+        rows[5]
+
+
 def test_dense_rows_hold_as_many_facts_as_they_have_room_for(tokenizer):
     common = {"least_segments": 12, "most_segments": 12, "passkey_fraction": 0.0, "most_facts": 5}
     asked = {}

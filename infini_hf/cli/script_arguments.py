@@ -121,6 +121,18 @@ class LoraArguments:
         return add_lora(model, target_modules=self.lora_target_modules, **options)
 
 
+def rows_to_draw(args):
+    """How many rows a run reads whose rows are drawn for it; also of stock `TrainingArguments`.
+
+    Raises:
+        ValueError: when `max_steps` does not say how many steps there are.
+    """
+    if args.max_steps < 1:
+        raise ValueError(f"max_steps={args.max_steps}: must be at least 1, since rows are drawn for so many steps")
+    groups = getattr(args, "row_groups", 1)
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * groups
+
+
 def held_out_split(source):
     """What a source calls the texts to measure on: local ones are a folder of their own, with one split."""
     return "train" if Path(source).exists() else "validation"

@@ -52,10 +52,10 @@ def plan_jobs(cells, numbers, haystacks, samples, controls, batch_size):
                 for control in kept
                 if asked[cell, number, control] < len(row.trial.questions)
             }
-            cells_left = {cell for cell, _ in missing}
-            left = {cell: rows for cell, rows in layouts.items() if cell in cells_left}
-            ways = tuple(control for control in kept if any(control == way for _, way in missing))
             if missing:
+                cells_left, ways_left = map(set, zip(*missing, strict=True))
+                left = {cell: rows for cell, rows in layouts.items() if cell in cells_left}
+                ways = tuple(control for control in kept if control in ways_left)
                 jobs.append(Job(haystack, tokens, batch, left, ways))
     return jobs
 
