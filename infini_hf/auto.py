@@ -64,7 +64,11 @@ class AutoInfiniModelForCausalLM:
         model, info = load_stock(name_or_path, config, kwargs)
         patch_model(model, chosen)
         if stored is not None:
-            load_gates(model, read_gates(name_or_path, hub, kwargs.get("variant")), name_or_path)
+            gates = read_gates(name_or_path, hub, kwargs.get("variant"))
+            if gates or infini_config is None:
+                load_gates(model, gates, InfiniConfig.from_dict(stored).layers, name_or_path)
+            else:
+                logger.warning("%s: its weights hold no gate, so that all begin at zero", name_or_path)
         warn_of_keys(info, name_or_path)
         return model
 
@@ -136,31 +140,48 @@ def read_gates(name, hub, variant=None):
     return gates
 
 
-def load_gates(model, gates, name):
+def load_gates(model, gates, trained, name):
     """Copy the checkpoint's gates into the patched layers.
 
+    Args:
+        model (`PreTrainedModel`): the patched model.
+        gates (`dict[str, torch.Tensor]`): what [`read_gates`] found; what is taken is removed.
+        trained (`list[int]`, *optional*): the layers that the checkpoint was patched in; all global ones by default.
+        name (`str`): of the checkpoint.
+
     Raises:
-        ValueError: when a patched layer has no gate in the checkpoint although others have.
+        ValueError: when a layer that was patched has no gate in the checkpoint, or half of what belongs to one, or
+            when others have one that a layer of this patch lacks.
     """
-    absent = []
+    absent, lost = [], []
     for path, module in model.named_modules():
         if not isinstance(module, InfiniAttention):
             continue
         key = f"{path}.{GATE}"
         if key not in gates:
             absent.append(key)
+            if trained is None or module.layer_idx in trained:
+                lost.append(key)
             continue
-        with torch.no_grad():
-            module.memory_gate.bias.copy_(gates.pop(key))
         gate = module.memory_gate
+        with torch.no_grad():
+            gate.bias.copy_(gates.pop(key))
         for names, place in ((SHIFTS, gate.set_shifts), (PROJECTIONS, gate.set_projections)):
             found = [gates.pop(f"{path}.{name}", None) for name in names]
-            if found[0] is not None:
+            if all(part is not None for part in found):
                 place(*found)
+            elif any(part is not None for part in found):
+                lost += [f"{path}.{name}" for name, part in zip(names, found, strict=True) if part is None]
     if absent and gates:
         raise ValueError(
             f"{name}: the patch covers {absent}, which the checkpoint has no gate for, and the checkpoint has "
             f"{sorted(gates)}: pass the layers it was trained with (infini_config=None takes them from the checkpoint)"
+        )
+    if lost:
+        raise ValueError(
+            f"{name}: its config says that it is patched, and its weights lack {lost}, without which the memory would "
+            "be shut: a stock class saved it, or something converted it. Take the checkpoint from before that; where "
+            "no gate is left, infini_config begins with fresh ones"
         )
     if gates:
         logger.warning("%s: gates left out by the patch: %s", name, sorted(gates))

@@ -150,6 +150,8 @@ class InfiniCache(Cache):
         if self.offloading and layer.is_initialized and layer.device.type != "cpu":
             torch.cuda.default_stream(layer.device).wait_stream(self.prefetch_stream)
             layer.prefetch()
+            # What this stream brings back, the other may still be taking away.
+            self.prefetch_stream.wait_stream(torch.cuda.default_stream(layer.device))
             self.prefetch(layer_idx + 1, self.only_non_sliding)
         return layer
 
@@ -172,7 +174,9 @@ class InfiniCache(Cache):
             layer.reset()
         for index, layer in self.fresh.items():
             self.layers[index] = copy.copy(layer)
-        self.padding = self.reader = None
+        # The next reader may be another model, with other positions.
+        self.padding = self.reader = self.rope = None
+        self.padding_end = self.hidden_columns = 0
         self.notes = {}
 
     def reset_rows(self, rows):
@@ -243,6 +247,11 @@ class InfiniCache(Cache):
     def __getstate__(self):
         # A weak reference cannot be pickled, and the model is not the cache's to carry.
         return {**self.__dict__, "reader": None}
+
+    def __deepcopy__(self, memo):
+        twin = memo[id(self)] = object.__new__(type(self))
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        return twin
 
     def __copy__(self):
         """A cache of its own that shares the tensors, which nobody changes."""

@@ -206,7 +206,7 @@ def draw_gates(values, path):
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        logger.warning("no picture of the gates: install matplotlib (pip install 'infini_hf[plot]')")
+        logger.warning("no picture of the gates: install matplotlib (pip install matplotlib)")
         return
     table = torch.stack([values[index] for index in sorted(values)]).numpy()
     figure = Figure(figsize=(2 + 0.35 * table.shape[1], 1.5 + 0.3 * table.shape[0]), layout="constrained")

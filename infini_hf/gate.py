@@ -30,6 +30,8 @@ class MemoryGate(nn.Module):
         self.register_buffer("key_shift", None)
         # Set by [`infini_hf.calibration.add_memory_projections`]; then the shifts are part of them.
         self.query_projection = self.key_projection = None
+        # Set inside [`infini_hf.evaluation.controls.closed_memory`]: nothing of the memory comes through.
+        self.closed = False
 
     def set_shifts(self, query_shift, key_shift):
         """Shift queries `(num_heads, head_dim)` and keys `(num_kv_heads, head_dim)` before their feature map."""
@@ -82,7 +84,7 @@ class MemoryGate(nn.Module):
             # Data parallelism waits for a gradient of every parameter, also where nothing is read or written.
             unused = self.query_projection.weight.sum() + self.key_projection.weight.sum()
             gate = gate + 0.0 * unused.to(gate.device)
-        if retrieved is None:
+        if retrieved is None or self.closed:
             return local + (0.0 * gate).to(local.dtype)
         if reads is not None:
             gate = gate * reads.view(-1, 1, 1, 1)

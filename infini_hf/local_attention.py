@@ -62,7 +62,8 @@ class Rotation(torch.autograd.Function):
     @staticmethod
     def backward(ctx, gradient):
         cos, sin = ctx.saved_tensors
-        return turn(gradient, cos, -sin.roll(sin.shape[-1] // 2, -1)).to(ctx.dtype), None, None
+        # As a rotation again, which has a gradient of its own where a second derivative is wanted.
+        return Rotation.apply(gradient, cos, -sin.roll(sin.shape[-1] // 2, -1)).to(ctx.dtype), None, None
 
 
 def turn(states, cos, sin):

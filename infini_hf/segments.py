@@ -196,6 +196,9 @@ class SegmentPlan:
 
     def scale_of(self, round):
         """How many times each row writes at the end of a round, `(batch,)` float32; `None` for once in every row."""
+        return self.share(("scale", id(round)), lambda: self._scale_of(round))
+
+    def _scale_of(self, round):
         closes = None if all(round.closes) else round.flags(round.closes)
         if self.write_scale is None:
             return closes
@@ -228,8 +231,12 @@ class SegmentPlan:
         """`(batch * len(run),)` float32, 0 for each row and segment whose memory is empty; `None` if none is."""
         if all(all(round.reads) for round in run):
             return None
-        flags = torch.tensor([round.reads for round in run], dtype=torch.float32)
-        return flags.T.flatten().to(self.device)
+
+        def build():
+            flags = torch.tensor([round.reads for round in run], dtype=torch.float32)
+            return flags.T.flatten().to(self.device)
+
+        return self.share(("reads", *map(id, run)), build)
 
     def scales_of(self, run):
         """How many times whole segments are written, `(batch, len(run))` float32; `None` for once."""

@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import time
+import uuid
 import weakref
 from pathlib import Path
 
@@ -25,6 +27,8 @@ SHAPE = (
     "query_pre_attn_scalar rms_norm_eps rope_parameters sliding_window vocab_size"
 ).split()
 ITEMS_AT_ONCE = 2**22
+# Seconds after which a file that was never put in its place is nobody's.
+LEFT_OVER = 3600
 
 
 def save_snapshot(cache, directory):
@@ -72,15 +76,17 @@ def write_file(path, tensors, metadata):
     metadata = {"format": FORMAT, "version": __version__, **metadata}
     metadata["checksum"] = checksum(tensors, metadata)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # What an earlier process left when it was killed in the middle of writing.
+    # What an earlier process left when it was killed in the middle of writing. Younger ones may be another's work.
     for leftover in path.parent.glob(f".{path.name}.*"):
-        leftover.unlink()
-    partial = path.parent / f".{path.name}.{os.getpid()}"
+        if time.time() - leftover.stat().st_mtime > LEFT_OVER:
+            leftover.unlink(missing_ok=True)
+    # Unlike any of another process, on this machine or on one that shares the folder.
+    partial = path.parent / f".{path.name}.{uuid.uuid4().hex}"
     try:
         save_file(tensors, partial, metadata=metadata)
         with open(partial, "rb+") as file:
             os.fsync(file.fileno())
-        os.replace(partial, path)
+        partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
 
@@ -142,6 +148,8 @@ def read_dtype(directory):
 def collect_tensors(cache):
     """All tensors of the state, on the CPU, by the name they have in the file."""
     tensors = {}
+    if cache.offloading:
+        torch.cuda.synchronize()
     for index, layer in enumerate(cache.layers):
         for name in tensor_names(layer):
             tensors[f"layers.{index}.{name}"] = getattr(layer, name).detach().cpu().contiguous()
@@ -249,6 +257,8 @@ def digest_weights(decoder):
         if "merged_adapters" in state:
             # An adapter of PEFT: the same weights are another model when it is switched off.
             adapters = [state.get("_disable_adapters"), state.get("_active_adapter"), state["merged_adapters"]]
+            # What scales its product is no tensor.
+            adapters.append(sorted(state.get("scaling", {}).items()))
             lines.append((name, *map(str, adapters)))
     return digest_text(lines)
 

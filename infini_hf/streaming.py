@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .cache import InfiniCache
+from .generation_options import GenerationOptions
 from .inputs import as_batch, check_mask, check_size, stream_chunks
 from .patching import patched_decoder
 from .sequence_parallel import SequenceParallelCache, refuse_split
@@ -22,9 +23,16 @@ def require_patched(model):
     Raises:
         TypeError: when it is no module.
         ValueError: when it is not patched.
+        NotImplementedError: when an adapter puts virtual tokens before the text.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a patched model")
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        if getattr(adapter, "is_prompt_learning", False):
+            raise NotImplementedError(
+                f"adapter {name!r} ({adapter.peft_type}): virtual tokens before a text would be left out here; use "
+                "an adapter that changes weights (infini_hf.lora.lora_config)"
+            )
     inner = patched_decoder(model)
     if inner is None:
         raise ValueError(
@@ -176,6 +184,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")
     refuse_rollback(kwargs)
     options = GenerationOptions(inner, kwargs)
+    options.check_ends(ids.shape[0])
+    kwargs |= options.watched_criteria()
     if kwargs.get("generation_config") is None:
         kwargs["use_cache"] = True
     else:
@@ -198,7 +208,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     output = inner.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     returned = sequences.shape[0] // ids.shape[0]
-    kept = torch.cat([mask.repeat_interleave(returned, 0), options.real_tokens(sequences[:, ids.shape[1] :])], dim=1)
+    generated = options.real_tokens(sequences[:, ids.shape[1] :], ids.shape[1])
+    kept = torch.cat([mask.repeat_interleave(returned, 0), generated], dim=1)
     if after.seen and returned > 1:
         after.batch_repeat_interleave(returned)
     prefill(inner, sequences[:, prompt:], attention_mask=kept[:, prompt:], cache=after, progress=False)
@@ -215,33 +226,3 @@ def refuse_rollback(kwargs):
                 f"{name}: assisted decoding takes tokens back, and what is written in the memory cannot be taken out; "
                 "generate without an assistant"
             )
-
-
-class GenerationOptions:
-    """The few settings of a `generate` call that decide what the cache has to hold."""
-
-    def __init__(self, inner, kwargs):
-        defaults = [kwargs.get("generation_config"), inner.generation_config]
-        self.lookup = [kwargs, *(config.to_dict() for config in defaults if config is not None)]
-        eos = self._get("eos_token_id")
-        self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
-        pad = self._get("pad_token_id")
-        self.pad = pad if pad is not None else self.eos[0] if self.eos else None
-        self.is_static = self._get("cache_implementation") == "static"
-        self.stops_otherwise = any(self._get(name) for name in ("stop_strings", "stopping_criteria"))
-        self.rows_per_input = max(self._get("num_beams") or 1, self._get("num_return_sequences") or 1)
-
-    def _get(self, name):
-        return next((values[name] for values in self.lookup if values.get(name) is not None), None)
-
-    def real_tokens(self, generated):
-        """`(batch, new)` int64: 1 at tokens that a row generated, 0 at the padding after it finished."""
-        # Without an end-of-text token transformers pads nothing.
-        if not self.eos:
-            return torch.ones_like(generated)
-        ends = torch.isin(generated, torch.tensor(self.eos, device=generated.device)).long()
-        real = F.pad(ends, (1, 0))[:, :-1].cumsum(1) == 0
-        if self.stops_otherwise and self.pad is not None:
-            padding = (generated == self.pad).long().flip(1).cumprod(1).flip(1).bool()
-            real = real & ~(padding & (ends.sum(1, keepdim=True) == 0))
-        return real.long()

@@ -1,13 +1,17 @@
 """Loading: a vanilla or a patched checkpoint gives the model it should, with every gate where it was."""
 
 import logging
+import re
+from dataclasses import replace
 
 import pytest
 import torch
-from models import build, open_gates
+from models import build, gate_parameters, open_gates
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, is_patched, patch_model
+from infini_hf.calibration import calibrate_memory
 
 PATCH = InfiniConfig(segment_length=16, overlap=3, sink_tokens=1)
 
@@ -116,6 +120,41 @@ def test_layers_without_a_gate_in_the_checkpoint_are_refused(tmp_path):
     patch_model(build("llama"), InfiniConfig(segment_length=16, layers=[0])).save_pretrained(tmp_path)
     with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.memory_gate\.bias.*no gate for"):
         AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=InfiniConfig(segment_length=16, layers=[1]))
+
+
+def saved_without(folder, *parts):
+    """A patched checkpoint whose weights have lost every tensor with one of these texts in its name."""
+    model = open_gates(patch_model(build("llama"), replace(PATCH, feature_map="exp")), seed=1)
+    calibrate_memory(model, torch.arange(48)[None])
+    model.save_pretrained(folder)
+    weights = load_file(folder / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if not any(part in name for part in parts)}
+    assert len(kept) < len(weights)
+    save_file(kept, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["1.self_attn.memory_gate", "memory_gate", "0.self_attn.memory_gate.key_shift"])
+def test_a_patched_checkpoint_that_lost_something_of_its_gates_is_refused(tmp_path, part):
+    saved_without(tmp_path, part)
+    with pytest.raises(ValueError, match=rf"weights lack .*{re.escape(part)}.*shut"):
+        AutoInfiniModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_fresh_gates_for_a_patched_checkpoint_without_any_have_to_be_asked_for(tmp_path, caplog):
+    saved_without(tmp_path, "memory_gate")
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        model = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=PATCH)
+    assert "hold no gate" in caplog.text
+    assert all(torch.equal(bias, torch.zeros_like(bias)) for bias in gate_parameters(model).values())
+
+
+def test_layers_beyond_those_of_the_checkpoint_get_fresh_gates(tmp_path):
+    trained = open_gates(patch_model(build("llama"), InfiniConfig(segment_length=16, layers=[0])), seed=1)
+    trained.save_pretrained(tmp_path)
+    model = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, infini_config=PATCH)
+    first, second = gate_parameters(model).values()
+    assert torch.equal(first, next(iter(gate_parameters(trained).values())))
+    assert torch.equal(second, torch.zeros_like(second))
 
 
 def test_wrong_kinds_are_refused(tmp_path):

@@ -217,7 +217,7 @@ def test_a_context_that_takes_too_much_memory_is_left_out_by_name():
 def test_a_contender_without_its_package_is_left_out_by_name(monkeypatch):
     monkeypatch.setitem(sys.modules, "infini_transformer_pytorch", None)
     results = measured(small(prefill=["package", "infini"], prefill_tokens=[16]))
-    note = "infini-transformer-pytorch is not installed (pip install infini_hf[benchmark])"
+    note = "infini-transformer-pytorch is not installed (pip install infini-transformer-pytorch)"
     assert results.note(Cell("prefill", "package", 16)) == note
     assert results.of(Cell("prefill", "infini", 16))
     monkeypatch.setattr("transformers.cache_utils.is_hqq_available", lambda: False)

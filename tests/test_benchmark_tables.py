@@ -105,6 +105,19 @@ def test_a_file_is_read_back_and_gone_on_with(results):
     assert again.below(Cell("prefill", "infini", 2048)) is None
 
 
+def test_a_row_that_was_cut_off_is_measured_again(results):
+    """Whatever is left of it, and however often the file is gone on with."""
+    cell, whole = Cell("prefill", "infini", 8192), results.path.read_text(encoding="utf-8")
+    results.add(cell, repeat=1, seconds=0.125, processor=0.1)
+    row = results.path.read_text(encoding="utf-8").removeprefix(whole)
+    for kept in range(1, len(row)):
+        results.path.write_text(whole + row[:kept], encoding="utf-8")
+        again = ResultFile(results.path, CONDITIONS)
+        assert again.runs == results.runs[:-1]
+        again.add(cell, repeat=1, seconds=0.25, processor=0.2)
+        assert ResultFile(results.path, CONDITIONS).runs == again.runs
+
+
 def test_a_note_is_written_once_and_gives_way_to_a_run(results):
     cell = Cell("prefill", "window", 8192)
     before = len(results.runs)

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 import torch
-from models import FAMILIES, build, build_patched, random_ids
+from models import FAMILIES, build, build_patched, random_ids, relative_error
 from reading import assert_close, assert_same_state, read, read_whole, state_of
 from torch.nn import functional as F
 from transformers import (
@@ -228,19 +228,62 @@ class StopsAfter(StoppingCriteria):
         return input_ids[:, -1] == self.token
 
 
-def test_a_row_that_another_criterion_ends_leaves_no_padding(llama):
-    """Such a row has no end-of-text token of its own; what follows its last token is padding all the same."""
+@pytest.mark.parametrize("pad", ["another", "the end of a text", "the last token said"])
+def test_a_row_that_another_criterion_ends_leaves_no_padding(llama, pad):
+    """Such a row has no end-of-text token of its own; what follows its last token is padding, whatever that is."""
     ids, options = random_ids(2, SEGMENT), {"max_new_tokens": 12, "do_sample": False}
     free = llama.generate(ids, **options)[:, SEGMENT:]
-    options["eos_token_id"] = min(set(range(1, 97)) - set(free.flatten().tolist()))
+    eos = min(set(range(1, 97)) - set(free.flatten().tolist()))
     last = next(int(token) for token in free[0, 3:8] if token not in free[1])
     said = int((free[0] == last).nonzero()[0]) + 1
     cache = InfiniCache(llama.config)
-    options |= {"stopping_criteria": StoppingCriteriaList([StopsAfter(last)]), "pad_token_id": 0}
+    options |= {"eos_token_id": eos, "pad_token_id": {"another": 0, "the end of a text": eos}.get(pad, last)}
+    options |= {"stopping_criteria": StoppingCriteriaList([StopsAfter(last)])}
     output = generate(llama, ids, cache=cache, **options)
     assert torch.equal(output[0, SEGMENT : SEGMENT + said], free[0, :said])
-    assert not output[0, SEGMENT + said :].any()
+    assert (output[0, SEGMENT + said :] == options["pad_token_id"]).all()
     assert cache.seen == (SEGMENT + said, SEGMENT + 12)
+    text = torch.cat([ids[:1], free[:1, :said]], dim=1)
+    assert_same_state(cache, prefill(llama, text, progress=False), row=0, expected_row=0)
+
+
+def test_beams_that_another_criterion_ends_need_a_pad_token_of_their_own(llama):
+    ids, options = random_ids(2, SEGMENT), {"max_new_tokens": 12, "num_beams": 2, "eos_token_id": 5, "pad_token_id": 5}
+    with pytest.raises(ValueError, match="pad_token_id=5"):
+        generate(llama, ids, stopping_criteria=StoppingCriteriaList([StopsAfter(9)]), **options)
+    # One row has no padding, and without another criterion each row ends with its own token.
+    generate(llama, ids[:1], stopping_criteria=StoppingCriteriaList([StopsAfter(9)]), **options)
+    generate(llama, ids, **options)
+
+
+def test_stop_strings_end_a_row_where_they_end(prose_model, prose_tokenizer):
+    ids, eos = (
+        torch.randint(10, 300, (2, 20), generator=torch.Generator().manual_seed(1)),
+        prose_tokenizer.eos_token_id,
+    )
+    options = {"max_new_tokens": 20, "do_sample": False, "eos_token_id": eos, "pad_token_id": eos}
+    free = prose_model.generate(ids, **options)[:, 20:]
+    assert eos not in free, "rows that end by themselves show nothing"
+    other = prose_tokenizer.decode(free[1])
+    pieces = (prose_tokenizer.decode(free[0, place : place + 2]) for place in range(4, 15))
+    word = next(piece for piece in pieces if piece.isascii() and piece not in other)
+    options |= {"stop_strings": word, "tokenizer": prose_tokenizer}
+    expected = prose_model.generate(ids, **options)[:, 20:]
+    said = [row.tolist().index(eos) if eos in row else len(row) for row in expected]
+    assert 4 < said[0] < said[1] == 20, "one row has to end before the other"
+    cache = InfiniCache(prose_model.config)
+    assert torch.equal(generate(prose_model, ids, cache=cache, **options)[:, 20:], expected)
+    assert cache.seen == (20 + said[0], 20 + said[1])
+
+
+def test_end_of_text_tokens_of_the_model_can_be_switched_off(llama, monkeypatch):
+    ids = random_ids(1, SEGMENT)
+    free = llama.generate(ids, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    monkeypatch.setattr(llama.generation_config, "eos_token_id", int(free[0, SEGMENT + 5]))
+    cache = InfiniCache(llama.config)
+    output = generate(llama, ids, cache=cache, max_new_tokens=20, do_sample=False, eos_token_id=None)
+    assert torch.equal(output, free)
+    assert cache.seen == (SEGMENT + 20,)
 
 
 def test_several_end_of_text_tokens(llama):
@@ -470,6 +513,19 @@ def test_an_interrupted_forward_outside_prefill_is_noticed(llama):
     _, expected = read(llama, random_ids(1, 20))
     read(llama, random_ids(1, 20), cache=cache)
     assert_same_state(cache, expected, tolerance=0)
+
+
+def test_after_a_reset_another_model_reads_at_its_own_positions():
+    """Cosines and sines stay in the cache; they are those of the model that reads."""
+    one = build_patched(segment_length=SEGMENT)
+    overrides = {"rope_parameters": {"rope_type": "default", "rope_theta": 100.0}}
+    other, ids = build_patched(segment_length=SEGMENT, overrides=overrides), random_ids(1, 20)
+    _, cache = read(one, ids)
+    cache.reset()
+    logits, _ = read(other, ids, cache=cache)
+    expected, _ = read(other, ids)
+    assert torch.equal(logits, expected)
+    assert relative_error(read(one, ids)[0], expected) > 1e-2
 
 
 def test_an_interrupted_generation_leaves_the_callers_cache_alone(model):

@@ -14,7 +14,7 @@ PACKAGE = Path(infini_hf.__file__).parent
 ROWS = (
     "version assets data heap memory dilution sharding output_head collectives fast_paths windows retrieval_losses",
     "config segments inputs segment_step training_args local_attention memory_read",
-    "gate",
+    "gate generation_options",
     "layer_state memory_maps parameter_groups",
     "cache sequence_layer",
     "attention snapshot checkpoints sequence_parallel projections",

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from models import build, build_patched, random_ids
-from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft import LoraConfig, PeftModel, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
 from reading import assert_close, assert_same_state, read, read_whole
 from safetensors.torch import load_file, save_file
 from transformers import BitsAndBytesConfig, GenerationConfig
@@ -143,6 +143,13 @@ def test_every_trainable_parameter_moves_and_nothing_else_does(family, ids):
     patched_layers = len(InfiniCache(model.config).infini_layers)
     assert sum("memory_gate.modules_to_save" in name for name in moved) == patched_layers
     assert all("lora_" in name or "memory_gate.modules_to_save" in name for name in moved)
+
+
+@pytest.mark.parametrize("read", [prefill, score, lambda *inputs: generate(*inputs, max_new_tokens=2)])
+def test_virtual_tokens_are_refused_where_they_would_be_left_out(ids, read):
+    virtual = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    with pytest.raises(NotImplementedError, match="virtual tokens"):
+        read(get_peft_model(build_patched(segment_length=8), virtual), ids)
 
 
 def test_the_gates_gradient_is_that_of_the_model_without_peft(ids):

@@ -5,9 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import relative_error
+from models import build_patched, random_ids, relative_error
 
 from infini_hf import memory as memory_math
+from infini_hf.fast_paths import fast_paths
 from infini_hf.gate import MemoryGate
 from infini_hf.memory_read import Retrieval
 
@@ -96,6 +97,25 @@ def test_a_second_derivative_is_refused():
     output = retrieval.mixed_into(parts["local"], torch.full((1, HEADS, 1, 1), 0.3))
     with pytest.raises(NotImplementedError, match="second derivative"):
         torch.autograd.grad(output.sum(), parts["queries"], create_graph=True)
+
+
+def test_where_the_refusal_sends_a_second_derivative_it_is_right():
+    """Hessian times vector, of the whole model over three segments, against a difference of gradients."""
+    model, ids = build_patched(segment_length=8, overlap=3), random_ids(1, 21)
+    embeddings = model.get_input_embeddings()(ids).detach()
+    direction = torch.randn(embeddings.shape, generator=torch.Generator().manual_seed(1))
+
+    def gradient(inputs, graph=False):
+        inputs = inputs.requires_grad_()
+        loss = model(inputs_embeds=inputs, labels=ids, use_cache=False).loss
+        return inputs, torch.autograd.grad(loss, inputs, create_graph=graph)[0]
+
+    with fast_paths("never"):
+        inputs, first = gradient(embeddings.clone(), graph=True)
+        (second,) = torch.autograd.grad((first * direction).sum(), inputs)
+        step = 1e-3
+        ahead, behind = (gradient(embeddings + sign * step * direction)[1] for sign in (1, -1))
+    assert relative_error(second, (ahead - behind) / (2 * step)) <= 2e-2
 
 
 @pytest.mark.parametrize("graph", [False, True], ids=["once", "with a graph"])

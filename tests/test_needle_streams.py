@@ -1,11 +1,14 @@
 """Streams with needles: exact lengths and places, and forked reading, which is each stream read alone."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
 from models import build_patched
 from prose import PROSE, SEGMENT
 from reading import assert_same_state
+from tokenizers.processors import TemplateProcessing
 from tqdm.auto import tqdm
 
 from infini_hf import prefill
@@ -14,7 +17,24 @@ from infini_hf.data.needles import NAMES, PASSKEY_HEADER, is_test_key
 from infini_hf.data.task_registry import make_task
 from infini_hf.evaluation.needles import questions
 from infini_hf.evaluation.needles.forks import fork_points, read_forked, tokens_to_read
+from infini_hf.evaluation.needles.runner import describe
 from infini_hf.evaluation.needles.streams import Cell, Haystacks
+
+
+def test_a_stream_begins_as_the_tokenizer_begins_a_text(prose_tokenizer, prose_haystacks, prose_model):
+    begun = copy.deepcopy(prose_tokenizer)
+    marked = [(begun.eos_token, begun.eos_token_id)]
+    begun.backend_tokenizer.post_processor = TemplateProcessing(f"{begun.eos_token} $A", special_tokens=marked)
+    cell, haystacks = Cell("novel", 300, 0.5), Haystacks(begun, SEGMENT, PasskeyTask(), [PROSE])
+    assert begun("the")["input_ids"] == [begun.eos_token_id, *prose_tokenizer("the")["input_ids"]]
+    (ids, trial), (plain, same) = haystacks.stream(cell, 0), prose_haystacks.stream(cell, 0)
+    assert trial == same
+    assert len(ids) == len(plain) == 300
+    assert ids[0] == begun.eos_token_id
+    assert list(ids[1 : len(haystacks.header)]) == list(prose_haystacks.header)
+    assert begun.eos_token_id not in ids[1:]
+    # Samples of the one are none of the other.
+    assert describe(prose_model, haystacks) != describe(prose_model, prose_haystacks)
 
 
 @pytest.mark.parametrize("kind", ["grass", "novel"])

@@ -121,9 +121,16 @@ def test_the_last_memory_of_a_shorter_text_stays():
     close(actual[24:32], expected)
 
 
-def test_a_single_text_has_no_other():
-    with pytest.raises(ValueError, match="one text only"):
-        read_as(patched_model(), "other")
+@pytest.mark.parametrize("others", [[], [5], [LENGTH - 1, 3]])
+def test_a_text_without_another_of_a_segment_is_refused(others):
+    with pytest.raises(ValueError, match=f"of {1 + len(others)} none other has the {LENGTH} tokens"):
+        read_as(patched_model(), "other", IDS, *(random_ids(1, count) for count in others))
+
+
+def test_a_text_too_short_for_a_memory_lends_none():
+    model, other = patched_model(), random_ids(1, 60, seed=7)
+    actual = read_as(model, "other", IDS, other, random_ids(1, LENGTH - 1))
+    close(actual[0], read_as(model, "other", IDS, other)[0])
 
 
 # Full attention of the stock model.
@@ -223,7 +230,7 @@ def test_a_calibrated_memory_comes_back_calibrated():
 @pytest.mark.parametrize("length", [1, 2])
 @pytest.mark.parametrize("way", ["memory", "hard", "other", "full", "full_past"])
 def test_short_texts_have_as_many_losses_as_tokens_to_predict(way, length):
-    assert len(read_as(patched_model(), way, IDS[:, :length], IDS)) == length - 1
+    assert len(read_as(patched_model(), way, IDS[:, :length], IDS, IDS)) == length - 1
 
 
 def test_inside_the_first_segment_all_ways_agree():

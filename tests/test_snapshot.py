@@ -3,6 +3,7 @@
 import copy
 import gc
 import os
+import time
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.nn import functional as F
 from transformers import GenerationConfig
 
 from infini_hf import InfiniCache, generate, patch_model, prefill, score, unpatch_model
-from infini_hf.snapshot import FILE_NAME
+from infini_hf.snapshot import FILE_NAME, LEFT_OVER
 
 SEGMENT = 8
 OPTIONS = {"segment_length": SEGMENT, "memory_update": "delta", "overlap": 3, "sink_tokens": 2}
@@ -201,9 +202,13 @@ def test_what_does_not_change_the_numbers_is_not_another_model(llama, saved):
 
 def test_what_a_killed_writer_left_is_cleared_by_the_next(tmp_path):
     model = build_patched("llama", segment_length=8)
-    (tmp_path / ".memory.safetensors.1").write_bytes(b"half a file")
+    for name, age in (("old", 2 * LEFT_OVER), ("young", 0)):
+        partial = tmp_path / f".memory.safetensors.{name}"
+        partial.write_bytes(b"half a file")
+        os.utime(partial, (time.time() - age,) * 2)
     prefill(model, random_ids(1, 20), progress=False).save_pretrained(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["memory.safetensors"]
+    # The young one may be what another process is writing.
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".memory.safetensors.young", "memory.safetensors"]
 
 
 def test_a_lora_switched_off_or_changed_is_another_model(llama, tmp_path):
@@ -218,8 +223,13 @@ def test_a_lora_switched_off_or_changed_is_another_model(llama, tmp_path):
         InfiniCache.from_pretrained(tmp_path, model=peft_model)
     with pytest.raises(ValueError, match="weights"):
         InfiniCache.from_pretrained(tmp_path, model=make())
+    layer = llama.model.layers[0].self_attn.q_proj
+    layer.scaling["default"] *= 2
+    with pytest.raises(ValueError, match="adapters"):
+        InfiniCache.from_pretrained(tmp_path, model=peft_model)
+    layer.scaling["default"] /= 2
+    InfiniCache.from_pretrained(tmp_path, model=peft_model)
     with torch.no_grad():
-        layer = llama.model.layers[0].self_attn.q_proj
         layer.lora_A["default"].weight[0, 0] += 1e-3
     with pytest.raises(ValueError, match="adapters"):
         InfiniCache.from_pretrained(tmp_path, model=peft_model)
@@ -229,6 +239,12 @@ def test_a_merged_lora_is_another_model_than_the_base(llama, saved):
     peft_model = get_peft_model(llama, LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
     with pytest.raises(ValueError, match="weights"):
         InfiniCache.from_pretrained(saved, model=peft_model.merge_and_unload())
+
+
+def test_a_deep_copy_can_be_saved(llama, tmp_path):
+    cache = copy.deepcopy(prefill(llama, random_ids(2, 21), progress=False))
+    cache.save_pretrained(tmp_path)
+    assert_same_state(InfiniCache.from_pretrained(tmp_path, model=llama), cache, tolerance=0)
 
 
 # Damage.

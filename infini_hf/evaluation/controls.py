@@ -1,18 +1,11 @@
 """What a result is held against: the same weights with the memory closed, over windows of any size."""
 
-import math
 from contextlib import contextmanager
 from dataclasses import replace
 
-import torch
-
 from ..cache import InfiniCache, infini_config_of
 from ..gate import MemoryGate
-from ..sharding import gathered
 from ..streaming import require_patched
-
-# The logit at which a gate of each kind lets nothing through.
-CLOSED = {"tanh": 0.0, "sigmoid": -math.inf}
 
 
 @contextmanager
@@ -27,18 +20,14 @@ def closed_memory(model):
     """
     require_patched(model)
     gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    biases = [gate.bias for gate in gates]
-    with gathered(biases):
-        before = [bias.detach().clone() for bias in biases]
+    before = [gate.closed for gate in gates]
+    for gate in gates:
+        gate.closed = True
     try:
-        with torch.no_grad(), gathered(biases, modifier_rank=0):
-            for gate in gates:
-                gate.bias.fill_(CLOSED[gate.kind])
         yield model
     finally:
-        with torch.no_grad(), gathered(biases, modifier_rank=0):
-            for gate, bias in zip(gates, before, strict=True):
-                gate.bias.copy_(bias)
+        for gate, closed in zip(gates, before, strict=True):
+            gate.closed = closed
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-NOT_INSTALLED = "a figure needs matplotlib: pip install infini_hf[plot]"
+NOT_INSTALLED = "a figure needs matplotlib: pip install matplotlib"
 
 
 def new_figure(size, panels=1):

@@ -15,7 +15,7 @@ def rouge_scores(predictions, references):
 
     Raises:
         ValueError: when the lists are empty or of different length, or a reference is empty.
-        ImportError: when `rouge-score` is not installed (`pip install 'infini_hf[eval]'`).
+        ImportError: when `rouge-score` is not installed (`pip install rouge-score`).
     """
     if len(predictions) != len(references) or not predictions:
         raise ValueError(
@@ -28,7 +28,7 @@ def rouge_scores(predictions, references):
     try:
         from rouge_score.rouge_scorer import RougeScorer
     except ImportError as error:
-        raise ImportError("ROUGE needs the package rouge-score: pip install 'infini_hf[eval]'") from error
+        raise ImportError("ROUGE needs the package rouge-score: pip install rouge-score") from error
     scorer = RougeScorer(KINDS, use_stemmer=True)
     pairs = [scorer.score(reference, said) for said, reference in zip(predictions, references, strict=True)]
     means = {kind: 100 * sum(pair[kind].fmeasure for pair in pairs) / len(pairs) for kind in KINDS}

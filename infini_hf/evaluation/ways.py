@@ -25,7 +25,7 @@ from ..attention import InfiniAttention
 from ..cache import InfiniCache, infini_config_of
 from ..output_head import logits_of
 from ..patching import install_patch, unpatch_model
-from ..streaming import prefill, require_patched, score
+from ..streaming import input_device, prefill, require_patched, score
 from .controls import another_window, closed_memory
 
 WINDOW = {"segment": "segment_length", "overlap": "overlap", "sinks": "sink_tokens"}
@@ -136,25 +136,44 @@ def losses_of_texts(model, way, texts, progress=True):
         `list[torch.Tensor]`: `(tokens - 1,)` float32 for each text, in nats; shorter where the way does not reach.
 
     Raises:
-        ValueError: when the model is not patched, the window is none, or `other` has no other text.
+        ValueError: when the model is not patched, the window is none, or `other` has no other text of a segment.
     """
     inner = require_patched(model)
     if not way.patched:
         slide = way.slide(inner.config)
         with stock(inner):
             return [sliding_losses(inner, ids, *slide) for ids in tqdm(texts, desc=way.text, disable=not progress)]
-    if way.name == "other" and len(texts) < 2:
-        raise ValueError("way 'other': reads with the memory of another text, and there is one text only")
+    if way.name == "other":
+        length = infini_config_of(inner.config).segment_length
+        # A text that ends with its first segment asks for no memory.
+        lenders = [
+            lender_of(texts, index, length) if ids.shape[1] > length + 1 else None for index, ids in enumerate(texts)
+        ]
     shut = way.name in ("closed", "hard", "overlap", "txl")
     losses = []
     window = way.window(infini_config_of(inner.config))
     with another_window(inner, window), closed_memory(inner) if shut else nullcontext():
         for index, ids in enumerate(tqdm(texts, desc=way.text, disable=not progress)):
             if way.name == "other":
-                losses.append(other_memory_losses(inner, ids, texts[index - 1]))
+                losses.append(other_memory_losses(inner, ids, lenders[index]))
             else:
                 losses.append(score(inner, ids, progress=False)[0])
     return losses
+
+
+def lender_of(texts, index, length):
+    """The text before number `index`, around the end, that is as long as a segment at least: it lends its memory.
+
+    Raises:
+        ValueError: when no other text is: a shorter one writes nothing.
+    """
+    for step in range(1, len(texts)):
+        if texts[index - step].shape[1] >= length:
+            return texts[index - step]
+    raise ValueError(
+        f"way 'other': reads text {index} with the memory of another, and of {len(texts)} none other has the {length} "
+        "tokens of a segment; give more texts, or leave the way out"
+    )
 
 
 @contextmanager
@@ -191,7 +210,7 @@ def sliding_losses(model, ids, window, stride, reach=None):
     Returns:
         `torch.Tensor`: `(tokens - 1,)` float32 in nats, on the device of `ids`; `(reach,)` where that is less.
     """
-    device, losses, done = model.device, [], 0
+    device, losses, done = input_device(model), [], 0
     total = ids.shape[1] - 1 if reach is None else min(reach, ids.shape[1] - 1)
     begun = ids[0, :1].tolist() == [model.config.get_text_config(decoder=True).bos_token_id]
     while done < total:
@@ -220,7 +239,7 @@ def other_memory_losses(model, ids, other):
     """
     length = infini_config_of(model.config).segment_length
     cache, donor = InfiniCache(model.config), InfiniCache(model.config)
-    losses, device = [], model.device
+    losses, device = [], input_device(model)
     for start in range(0, ids.shape[1] - 1, length):
         if start:
             prefill(model, other[:, start - length : start], cache=donor, progress=False)

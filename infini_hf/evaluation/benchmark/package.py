@@ -21,7 +21,7 @@ class Package(Contender):
         try:
             from infini_transformer_pytorch import InfiniTransformer, InfiniTransformerWrapper
         except ImportError as error:
-            raise Missing(f"{NAME} is not installed (pip install infini_hf[benchmark])") from error
+            raise Missing(f"{NAME} is not installed (pip install infini-transformer-pytorch)") from error
         settings = self.settings
         torch.manual_seed(settings.seed)
         self.model = InfiniTransformer(

@@ -81,13 +81,16 @@ class ResultFile:
 
     def __init__(self, path, conditions, clock="wall"):
         self.path, self.conditions, self.clock = None if path is None else Path(path), conditions, clock
-        self.runs = []
+        self.runs, self.mended = [], None
         if self.path is not None and self.path.is_file():
-            lines = self.path.read_text(encoding="utf-8").splitlines()
+            text = self.path.read_text(encoding="utf-8")
+            # A line that was cut off when the program died is no run; the next one takes its place.
+            whole = text[: text.rfind("\n") + 1]
+            self.mended = None if whole == text else whole
+            lines = whole.splitlines()
             self.check_conditions([line[2:] for line in lines if line.startswith("# ")])
             rows = csv.DictReader(line for line in lines if not line.startswith("# "))
-            # A line that was cut off when the program died is no run.
-            self.runs = [Run.read(row) for row in rows if None not in row.values()]
+            self.runs = [Run.read(row) for row in rows]
         self.session = 1 + max((run.session for run in self.runs), default=0)
 
     def check_conditions(self, lines):
@@ -114,6 +117,9 @@ class ResultFile:
             return
         new = not self.path.is_file()
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        if self.mended is not None:
+            self.path.write_text(self.mended, encoding="utf-8", newline="")
+            self.mended = None
         with self.path.open("a", encoding="utf-8", newline="") as file:
             writer = csv.writer(file, lineterminator="\n")
             if new:

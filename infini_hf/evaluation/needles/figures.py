@@ -6,7 +6,7 @@ from .tables import counts_by, haystack_order, length_name, row_of_depth, sort_d
 
 # The controls that are shown, and what stands above their panels.
 NAMES = {"memory": "with the memory", "closed": "memory closed while asking"}
-NOT_INSTALLED = "a figure needs matplotlib: pip install infini_hf[plot]"
+NOT_INSTALLED = "a figure needs matplotlib: pip install matplotlib"
 
 
 def heat_map(samples, path, title=""):

@@ -24,8 +24,10 @@ def describe(model, haystacks):
         haystacks ([`Haystacks`]): where its streams come from.
     """
     task, read_by = haystacks.task, fingerprint(require_patched(model).get_decoder())
+    start = haystacks.start.tolist()
     return {
         **{**read_by, "model": json.loads(read_by["model"]), "patch": json.loads(read_by["patch"])},
+        **({"start": start} if start else {}),
         "task": {"name": task.name, **asdict(task)},
         "seed": haystacks.seed,
         "texts": haystacks.texts_digest,
