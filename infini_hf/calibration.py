@@ -18,6 +18,8 @@ class ChannelMean:
         self.total, self.count = 0.0, 0
 
     def add(self, states):
+        # Apple's GPUs have no float64.
+        states = states.cpu() if states.device.type == "mps" else states
         self.total = self.total + states.double().sum((0, 2))
         self.count += states.shape[0] * states.shape[2]
 

@@ -82,6 +82,8 @@ def describe(trainer):
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
         "projection_sizes": projections_of(trainer.model),
+        # Buffers that a model has or has not, which loading a state dict does not hold it to.
+        "centered": sorted(name for name, _ in trainer.model.named_buffers() if name.endswith("_shift")),
         "resting": sorted(name for name, part in trainer.model.named_parameters() if not part.requires_grad),
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
@@ -128,6 +130,13 @@ def check_resume(folder, trainer):
             f"{folder}: the checkpoint has projections of the memory's own in {said(was)}, and the model in "
             f"{said(now)}: resume with the same "
             "(infini_hf.calibration.add_memory_projections), or start a new run from its weights"
+        )
+    was, now = (side.get("centered", ours["centered"]) for side in (theirs, ours))
+    if was != now:
+        raise ValueError(
+            f"{folder}: the memory of the checkpoint is calibrated in {len(was) // 2} layers, that of the model in "
+            f"{len(now) // 2}: resume with the same (infini_hf.calibration.calibrate_memory; calibration_tokens), or "
+            "start a new run from its weights"
         )
     if theirs.get("resting", ours["resting"]) != ours["resting"]:
         other = sorted(set(theirs["resting"]) ^ set(ours["resting"]))

@@ -4,10 +4,13 @@ The linear write is a sum, so a segment read α times over writes α times as mu
 during training shows the model how little of a needle is left among a thousand times as many distractors, at no cost.
 """
 
+import logging
 from collections import deque
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 RAMPS = ("clock", "accuracy", "none")
 # The clock: no dilution before retrieval can have been learned, the whole of it for the last part.
@@ -30,6 +33,7 @@ class MemoryDilution:
 
     def __init__(self, highest, probability=0.5, ramp="clock", threshold=0.9):
         self.highest, self.probability, self.ramp, self.threshold = highest, probability, ramp, threshold
+        self.warned = False
         self.restore(None)
 
     def advance(self, progress):
@@ -72,6 +76,13 @@ class MemoryDilution:
 
     def metrics(self):
         """What is logged: the strength, where dilution is on, and the running accuracy of the answers."""
+        if self.ramp == "accuracy" and self.highest > 1.0 and not self.answers and not self.warned:
+            self.warned = True
+            logger.warning(
+                "memory_dilution=%g by accuracy, and no answer was counted before this log: it stays off. Give the "
+                "rows loss_weights above 1 at their answers, or take memory_dilution_ramp='clock'",
+                self.highest,
+            )
         found = {} if self.highest <= 1.0 else {"memory_dilution": self.strength}
         return found if self.accuracy is None else {**found, "answer_accuracy": self.accuracy}
 

@@ -108,6 +108,11 @@ class HeadProjection(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
 
+    @property
+    def mixes_heads(self):
+        """`bool`: whether a head gets a map of the states of all heads."""
+        return self.weight.shape[1] - 1 != self.weight.shape[2]
+
     def forward(self, states):
         weight = self.weight.to(states.device).float()
         with no_autocast(states):

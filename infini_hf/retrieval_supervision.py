@@ -98,7 +98,7 @@ class RetrievalSupervision:
 
     def note(self, shares):
         """Count the shares of a step, of all ranks together, `(2,)`."""
-        self.noted += shares.double().cpu()
+        self.noted += shares.cpu().double()
         self.shares.zero_()
 
     def metrics(self):

@@ -248,7 +248,9 @@ class InfiniTrainer(ResumableTrainer):
         self.dilution.note(*self.accelerator.gather(counts[None]).sum(0).tolist())
         if self.distillation is not None:
             shares = torch.stack([torch.zeros((), device=self.args.device), *self.divergences]).sum(0)
-            self.distillation.note(self.accelerator.gather(shares[None]).sum().item())
+            # Of the tokens of all ranks, or of each rank's own.
+            ranks = 1 if self.args.average_tokens_across_devices else self.args.world_size
+            self.distillation.note(self.accelerator.gather(shares[None]).sum().item() / ranks)
         self.supervision.note(self.accelerator.gather(self.supervision.shares.to(self.args.device)[None]).sum(0))
         self.answers.clear()
         self.divergences.clear()
@@ -275,8 +277,8 @@ class InfiniTrainer(ResumableTrainer):
             cache = InfiniCache(self.lanes.config)
             losses, counts, logits = score_segments(model, segments, cache, not prediction_loss_only, filling)
         # Rows that were repeated to fill the last batch are left out.
-        sums = self.accelerator.gather_for_metrics(torch.stack([losses.double(), counts.double()], dim=1))
+        gathered = self.accelerator.gather_for_metrics((losses, counts))
         if self.scored is not None:
-            self.scored += sums.sum(0).cpu()
+            self.scored += torch.stack([part.cpu().double().sum() for part in gathered])
         loss = None if labels is None else losses.sum() / counts.sum().clamp_min(1)
         return loss, logits, labels

@@ -55,6 +55,11 @@ def refuse_options(trainer):
             f"memory_dilution={args.memory_dilution} with memory_update={rule!r}: a scaled write equals repeated ones "
             "under the linear rule alone; patch with memory_update='linear', or leave memory_dilution at 1"
         )
+    if args.retrieval_weight and rule != "linear":
+        raise ValueError(
+            f"retrieval_weight={args.retrieval_weight} with memory_update={rule!r}: what a memory returns is a mean "
+            "of the values written under the linear rule alone; patch with memory_update='linear', or leave it at 0"
+        )
     in_order = args.train_sampling_strategy == "sequential" or (data is not None and not has_length(data))
     if args.carry_memory and args.auto_find_batch_size and in_order:
         raise ValueError(

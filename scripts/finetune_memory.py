@@ -29,20 +29,50 @@ class RowArguments(MemoryRowStyle):
 
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 
+    def check_batches(self, args):
+        """Hold a run to the batches that `novel_lanes` and `rows_alike` are made for.
+
+        Raises:
+            ValueError: names what differs.
+        """
+        size = args.train_batch_size * args.row_groups
+        wrong = {
+            f"carry_memory={args.carry_memory}": not args.carry_memory,
+            f"train_sampling_strategy={args.train_sampling_strategy!r}": args.train_sampling_strategy != "sequential",
+            f"batches of {size} rows": size != self.rows_alike,
+        }
+        found = [name for name, is_wrong in wrong.items() if is_wrong]
+        if self.novel_lanes and found:
+            raise ValueError(
+                f"novel_lanes={self.novel_lanes} with {found[0]}: novels are read on from batch to batch, in order; "
+                "set carry_memory, train_sampling_strategy='sequential' and batches of "
+                f"rows_alike={self.rows_alike} rows (per_device_train_batch_size × processes)"
+            )
+
     def style(self):
         names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
         return MemoryRowStyle(**{name: getattr(self, name) for name in names})
 
 
+@dataclass
+class RunArguments(InfiniTrainingArguments):
+    """Rows are drawn in the order in which they are read: those that are equally long stand together."""
+
+    train_sampling_strategy: str = field(
+        default="sequential", metadata={"help": "sequential: rows as they were drawn; anything else mixes lengths"}
+    )
+
+
 def main(argv=None):
     model_args, memory_args, row_args, args = parse_arguments(
-        (ModelArguments, MemoryArguments, RowArguments, InfiniTrainingArguments), __doc__, argv
+        (ModelArguments, MemoryArguments, RowArguments, RunArguments), __doc__, argv
     )
     count = rows_to_draw(args)
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
+    row_args.check_batches(args)
+    texts = read_texts(row_args.train_folder)
     set_seed(args.seed)
     model, tokenizer = model_args.load()
-    texts = read_texts(row_args.train_folder)
     memory_args.prepare(model, tokenizer, texts)
     memory_args.rest(model)
     rows = MemoryRows(

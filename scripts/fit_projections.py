@@ -8,6 +8,7 @@ how often the heads' votes find the source of an answer, and its token, before a
 
 import dataclasses
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
@@ -16,7 +17,7 @@ from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.projection_fit import FitSettings, fit_memory_projections
+from infini_hf.projection_fit import FitSettings, fit_memory_projections, layers_to_fit
 from infini_hf.told_rows import tracked
 
 
@@ -52,9 +53,14 @@ def main(argv=None):
     model_args, memory_args, args, settings = parse_arguments(
         (ModelArguments, MemoryArguments, FitArguments, FitSettings), __doc__, argv
     )
-    model, tokenizer = model_args.load()
+    if memory_args.resting_layers:
+        raise ValueError(f"resting_layers={memory_args.resting_layers}: all weights rest in a fit; leave it out")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"output_dir={args.output_dir}: is a file; name a folder, which is made if it is not there")
     texts = read_texts(args.train_folder)
+    model, tokenizer = model_args.load()
     memory_args.prepare(model, tokenizer, texts)
+    layers_to_fit(model, args.layers, args.anew)
     length = infini_config_of(model.config).segment_length
     rows = MemoryRows(texts, tokenizer, args.rows, length, args.style(), settings.seed)
     drawn = list(tracked(rows, True, "drawing rows"))

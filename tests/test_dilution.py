@@ -155,6 +155,9 @@ def test_a_resumed_run_keeps_its_dilution(tmp_path, monkeypatch):
 def test_dilution_is_refused_where_it_means_nothing(tmp_path):
     with pytest.raises(ValueError, match="memory_update='linear'"):
         make_trainer(tmp_path, model=tiny_model(memory_update="delta"), memory_dilution=10.0)
+    options = {"retrieval_weight": 1.0, "recompute_segments": False}
+    with pytest.raises(ValueError, match=r"retrieval_weight=1.0 with memory_update='delta'"):
+        make_trainer(tmp_path, model=tiny_model(memory_update="delta"), **options)
     for name, value in (
         ("memory_dilution", 0.5),
         ("memory_dilution_probability", 1.5),
@@ -163,6 +166,15 @@ def test_dilution_is_refused_where_it_means_nothing(tmp_path):
     ):
         with pytest.raises(ValueError, match=f"{name}="):
             InfiniTrainingArguments(str(tmp_path), use_cpu=True, **{name: value})
+
+
+@pytest.mark.parametrize("answers", [0, 3])
+def test_dilution_that_nothing_can_raise_is_warned_of_once(caplog, answers):
+    dilution = MemoryDilution(1024.0, ramp="accuracy")
+    dilution.note(answers, answers)
+    for _ in range(2):
+        dilution.metrics()
+    assert caplog.text.count("memory_dilution=1024 by accuracy, and no answer was counted") == (answers == 0)
 
 
 # Where a scale comes from

@@ -83,6 +83,22 @@ def test_a_stream_is_interleaved_until_a_lane_runs_dry(lanes):
         assert ordered == rows
 
 
+def test_a_stream_of_too_few_documents_is_refused_before_its_first_row():
+    with pytest.raises(ValueError, match=r"3 documents for 4 lanes .* use a smaller batch"):
+        next(interleave(iter(tiny_rows(documents=3)), 4))
+
+
+def test_rows_that_no_epoch_reads_are_counted(caplog):
+    """Four documents in four lanes: what lies beyond the mean of their lengths is read by none."""
+    lengths = (10, 20, 30, 100)
+    rows = [(document, part) for document, length in enumerate(lengths) for part in range(length)]
+    LaneSampler(*zip(*rows, strict=True), 4)
+    assert "60 of 160 rows are left out of an epoch" in caplog.text
+    caplog.clear()
+    LaneSampler(*zip(*rows, strict=True), 1)
+    assert not caplog.text
+
+
 def test_a_stream_is_read_no_further_than_needed():
     def endless():
         document = 0

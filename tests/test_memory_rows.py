@@ -2,13 +2,22 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from prose import PROSE
 
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
-from infini_hf.data.needles import WORDS, brief_fact, is_test_key, named_key_fact, named_word_fact, passkey_fact
+from infini_hf.data.needles import (
+    WORDS,
+    brief_fact,
+    facts_of_kind,
+    is_test_key,
+    named_key_fact,
+    named_word_fact,
+    passkey_fact,
+)
 
 
 @pytest.fixture(scope="module")
@@ -161,9 +170,23 @@ def test_novel_lanes_read_on_where_they_stopped(tokenizer):
     assert (batch["sources"].amax(1) >= 0).tolist() == [False, False, True, True]
 
 
-def test_novel_lanes_leave_room_for_facts(tokenizer):
-    with pytest.raises(ValueError, match="novel_lanes=16"):
-        MemoryRows([PROSE], tokenizer, 16, 32, MemoryRowStyle(novel_lanes=16))
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"novel_lanes": 16}, "novel_lanes=16: must be from 0 to 15"),
+        ({"rows_alike": 0}, "rows_alike=0: must be at least 1"),
+        ({"least_segments": 8, "most_segments": 4}, "most_segments=4: must be at least 8"),
+        ({"least_segments": 0}, "least_segments=0: must be at least 1"),
+        ({"most_digits": 4}, "most_digits=4: must be at least 5"),
+        ({"most_facts": 0}, "most_facts=0: must be from 1 to "),
+        ({"most_facts": 200}, "most_facts=200: must be from 1 to "),
+        ({"passkey_fraction": 1.5}, "passkey_fraction=1.5: must be from 0.0 to 1.0"),
+        ({"answer_weight": -1.0}, "answer_weight=-1.0: must be at least 0.0"),
+    ],
+)
+def test_rows_that_nobody_can_draw_are_refused(options, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MemoryRowStyle(**options)
 
 
 @pytest.mark.parametrize("fraction", [0.0, 1.0])
@@ -190,6 +213,25 @@ def test_keys_of_a_row_are_of_two_digits_as_told(tokenizer, fraction):
     assert alike == pytest.approx(60 * fraction, abs=15)
     if fraction in (0.0, 1.0):
         assert alike == 60 * fraction
+
+
+@pytest.mark.parametrize("distinct", [False, True])
+def test_no_two_names_of_a_row_have_one_key_when_told(tokenizer, distinct):
+    common = {"least_segments": 40, "most_segments": 40, "passkey_fraction": 0.0, "word_fraction": 0.0, "dense": True}
+    keys_of_two = {"alike_fraction": 1.0, "most_facts": 12, "most_digits": 5, "distinct_keys": distinct}
+    rows = MemoryRows([PROSE * 3], tokenizer, 40, 32, MemoryRowStyle(**common, **keys_of_two))
+    same = 0
+    for index in range(40):
+        text = tokenizer.decode(rows[index]["input_ids"])
+        keys = re.findall(r"The pass key of \w+ is (\d{5})\. Remember", text)
+        assert len(keys) > 8, text
+        same += len(set(keys)) < len(keys)
+    assert same == 0 if distinct else same > 10
+
+
+def test_more_different_keys_than_there_are_cannot_be_drawn():
+    with pytest.raises(ValueError, match="40 different keys of 5 to 5 digits, of 2 kinds"):
+        facts_of_kind(np.random.default_rng(0), "key", 40, "train", 5, [1, 2], distinct=True)
 
 
 def test_writes_of_rows_with_named_facts_are_scaled_when_told(tokenizer):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import build_patched
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
@@ -135,6 +136,56 @@ def test_rows_are_drawn_for_a_number_of_steps(options, novels):
     given = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", "unused", *options]
     with pytest.raises(ValueError, match=r"^max_steps=-1: must be at least 1"):
         script("finetune_memory").main(given)
+
+
+STAGE_LANES = {
+    ("--carry_memory", "false"): "novel_lanes=1 with carry_memory=False",
+    ("--train_sampling_strategy", "random"): "novel_lanes=1 with train_sampling_strategy='random'",
+    ("--rows_alike", "4"): "novel_lanes=1 with batches of 2 rows",
+}
+
+
+@pytest.mark.parametrize(("option", "message"), STAGE_LANES.items())
+def test_lanes_of_novels_need_the_batches_they_are_drawn_for(option, message, tmp_path):
+    """Before a model or a text is looked for."""
+    given = ["--model", "nowhere", "--train_folder", "nowhere", "--output_dir", str(tmp_path), "--max_steps", "2"]
+    lanes = ["--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1", "--carry_memory", "true"]
+    with pytest.raises(ValueError, match=re.escape(message)):
+        script("finetune_memory").main([*given, *lanes, *option])
+
+
+def test_a_fit_refuses_before_it_reads(novels, tmp_path):
+    given = ["--model", "tiny-llama-infini", "--train_folder", str(novels)]
+    with pytest.raises(ValueError, match="resting_layers=1: all weights rest in a fit"):
+        script("fit_projections").main([*given, "--resting_layers", "1"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match=r"output_dir=.*file: is a file"):
+        script("fit_projections").main([*given, "--output_dir", str(tmp_path / "file")])
+    with pytest.raises(ValueError, match=r"layers=\[9\]"):
+        script("fit_projections").main([*given, "--output_dir", str(tmp_path), "--layers", "9"])
+
+
+def test_projections_of_each_head_do_not_become_those_of_all():
+    asked = MemoryArguments(memory_projections=True, mix_heads=True, calibration_tokens=0)
+    model, mixed = (build_patched(segment_length=8, feature_map="exp") for _ in range(2))
+    add_memory_projections(model)
+    with pytest.raises(ValueError, match="has projections of each head alone"):
+        asked.prepare(model, None, [])
+    for _ in range(2):
+        # The second time there is nothing to add.
+        asked.prepare(mixed, None, [])
+
+
+@pytest.mark.parametrize(("length", "texts", "asked"), [(20_000, 2, 512), (900, 3, 300), (2000, 700, 256)])
+def test_a_memory_is_calibrated_on_the_inside_of_every_text(length, texts, asked):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+    ids = MemoryArguments(calibration_tokens=asked).pieces(
+        tokenizer, ["It was a dark night. " * (length // 21)] * texts
+    )
+    assert 0.9 * asked <= ids.shape[1] <= asked
+    assert ids.dtype == torch.int64
+    with pytest.raises(ValueError, match=r"calibration_tokens=9000: 2 texts, of 4500 tokens each, gave \d+"):
+        MemoryArguments(calibration_tokens=9000).pieces(tokenizer, ["It was a dark night. " * 9] * 2)
 
 
 def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path):

@@ -10,8 +10,10 @@ import time
 
 import pytest
 import torch
+from models import random_ids
 from training import CARRY, OnStepEnd, assert_equal_tensors, make_trainer, tiny_model, weights_of
 
+from infini_hf.calibration import calibrate_memory
 from infini_hf.checkpoints import RECORD, is_whole, resolve_checkpoint
 
 MEMORY = {"fresh": False, "carry": True}
@@ -241,6 +243,24 @@ def test_a_checkpoint_of_another_run_is_refused(checkpoints, memory, options, me
     model = {"model": tiny_model(**options["model"])} if "model" in options else {}
     with pytest.raises(ValueError, match=message):
         run_of(folder, MEMORY[memory], **{**options, **model}).train(resume_from_checkpoint=True)
+
+
+@pytest.mark.parametrize("before", [True, False], ids=["lost", "new"])
+def test_a_checkpoint_of_a_memory_that_was_centered_otherwise_is_refused(tmp_path, before):
+    """Shifts are buffers that a model has or has not: loading its state dict would drop them, or keep foreign ones."""
+
+    def run(centered):
+        model = tiny_model(feature_map="exp")
+        if centered:
+            calibrate_memory(model, random_ids(1, 64), progress=False)
+        return run_of(tmp_path, False, model=model)
+
+    run(before).train()
+    with pytest.raises(
+        ValueError, match=r"calibrated in [02] layers, that of the model in [02]: resume with the same"
+    ):
+        run(not before).train(resume_from_checkpoint=True)
+    assert run(before).train(resume_from_checkpoint=True).global_step == STEPS
 
 
 def test_lanes_of_another_number_of_processes_are_refused(checkpoints):

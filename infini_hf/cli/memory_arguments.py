@@ -6,7 +6,7 @@ import torch
 
 from ..cache import infini_config_of
 from ..calibration import add_memory_projections, calibrate_memory
-from ..gate import MemoryGate
+from ..gate import HeadProjection, MemoryGate
 
 
 @dataclass
@@ -51,12 +51,30 @@ class MemoryArguments:
     def prepare(self, model, tokenizer, texts):
         """Calibrate the memory on the texts and add projections, where they are asked for and the model has none."""
         if self.calibration_tokens and infini_config_of(model.config).feature_map != "elu" and not centered(model):
-            share = self.calibration_tokens // len(texts)
-            # From inside each novel: the beginnings are titles and prefaces.
-            pieces = [tokenizer(text[5000 : 5000 + 8 * share])["input_ids"][:share] for text in texts]
-            calibrate_memory(model, torch.tensor([[token for piece in pieces for token in piece]]))
+            calibrate_memory(model, self.pieces(tokenizer, texts))
         if self.memory_projections:
+            self.check_mixed(model)
             add_memory_projections(model, self.projected_layers, self.mix_heads)
+
+    def pieces(self, tokenizer, texts):
+        """Some tokens of every text, `(1, tokens)` int64, `calibration_tokens` together at most.
+
+        Raises:
+            ValueError: when the texts hold less than half as many.
+        """
+        share, found = max(1, self.calibration_tokens // len(texts)), []
+        for text in texts:
+            # From inside each novel: the beginnings are titles and prefaces.
+            start = min(5000, len(text) // 4)
+            piece = tokenizer(text[start : start + 8 * share], add_special_tokens=False, verbose=False)["input_ids"]
+            found += piece[:share]
+        found = found[: self.calibration_tokens]
+        if 2 * len(found) < self.calibration_tokens:
+            raise ValueError(
+                f"calibration_tokens={self.calibration_tokens}: {len(texts)} texts, of {share} tokens each, gave "
+                f"{len(found)}; give longer texts, or ask for fewer"
+            )
+        return torch.tensor([found])
 
     def check_told(self, weight, layers):
         """Refuse layers that rest and are told where to read, `layers` by retrieval supervision of a `weight`.
@@ -69,6 +87,19 @@ class MemoryArguments:
             raise ValueError(
                 f"retrieval_layers={layers} with resting_layers={self.resting_layers}: {list(early)} would be told "
                 "where to read and never learn it; rest fewer layers, or tell those above"
+            )
+
+    def check_mixed(self, model):
+        """Refuse `mix_heads` for projections that the model has already, of the heads alone.
+
+        Raises:
+            ValueError: when there are some.
+        """
+        found = [module for module in model.modules() if isinstance(module, HeadProjection)]
+        if self.mix_heads and not all(projection.mixes_heads for projection in found):
+            raise ValueError(
+                "mix_heads=True: the model has projections of each head alone, which stay as they are; leave the "
+                "option out, or begin from a model without projections"
             )
 
     def rest(self, model):

@@ -32,6 +32,7 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
         `dict`: as from [`infini_hf.model_card.evaluate_with_control`].
 
     Raises:
+        ValueError: when the data gave no step to train.
         KeyboardInterrupt: after Ctrl-C, with a sentence that says what goes on from where.
     """
     trainer = InfiniTrainer(
@@ -47,6 +48,10 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     try:
         metrics = trainer.train(resume_from_checkpoint=start).metrics
         steps = trainer.state.global_step
+        if steps == 0:
+            raise ValueError(
+                f"max_steps={args.max_steps}: no step was trained: the data gave no batch, and {final} was not written"
+            )
         if described == before == steps:
             return keep_results(trainer, final, steps, trainer.state.max_steps)
         if trainer.is_world_process_zero():

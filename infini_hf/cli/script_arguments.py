@@ -100,6 +100,10 @@ class LoraArguments:
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits (needs bitsandbytes)"})
 
+    def __post_init__(self):
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("load_in_4bit needs lora_r: weights of four bits cannot be trained")
+
     def loading_options(self):
         """What `from_pretrained` needs for a quantised base."""
         if not self.load_in_4bit:
@@ -112,8 +116,6 @@ class LoraArguments:
     def wrap(self, model):
         """The model with adapters and trainable gates, or the model itself."""
         if not self.lora_r:
-            if self.load_in_4bit:
-                raise ValueError("load_in_4bit needs lora_r: weights of four bits cannot be trained")
             return model
         from ..lora import add_lora
 
@@ -163,8 +165,23 @@ class DocumentArguments:
     eval_segments_per_row: int = field(default=64, metadata={"help": "segments in an evaluation row: streamed"})
     join: bool = field(default=False, metadata={"help": "let rows run over the ends of (short) documents"})
 
+    def check_sources(self):
+        """Look for local sources, before a model is loaded for them."""
+        find_source(self.train_source, "train_source")
+        if self.eval_source is not None:
+            find_source(self.eval_source, "eval_source")
+
     def rows(self, tokenizer, segment_length, lanes=None):
-        """The training rows; in lane order where a stream carries its memory on."""
+        """The training rows; in lane order where a stream carries its memory on.
+
+        Raises:
+            ValueError: when there are fewer documents than `lanes`, as where a stream joins them all.
+        """
+        if lanes and self.streaming and self.join:
+            raise ValueError(
+                "join with streaming and carry_memory: joined rows are one document, and every lane reads one of its "
+                "own; leave one of the three out"
+            )
         documents = load_documents(
             find_source(self.train_source, "train_source"),
             self.train_split,

@@ -1,5 +1,6 @@
 """Rows in lane order: row `i` of a batch continues the document that row `i` of the batch before it has read."""
 
+import logging
 from collections import defaultdict
 from itertools import groupby
 
@@ -7,6 +8,19 @@ import torch
 from transformers.utils import is_datasets_available
 
 from .packing import refuse_parts_of_a_stream
+
+logger = logging.getLogger(__name__)
+
+# Share of the rows that an epoch may leave out unsaid.
+MOST_LOST = 0.05
+
+
+def too_few(documents, lanes):
+    """What is wrong with so few documents."""
+    return (
+        f"{documents} documents for {lanes} lanes (per_device_train_batch_size × args.row_groups): with carry_memory "
+        "every row of a batch reads a document of its own; use a smaller batch and more gradient_accumulation_steps"
+    )
 
 
 class LaneSampler(torch.utils.data.Sampler):
@@ -36,13 +50,23 @@ class LaneSampler(torch.utils.data.Sampler):
             if found != list(range(len(places))):
                 raise ValueError(f"document {document} has the parts {found[:8]}: they must be 0, 1, 2 …, each once")
         if len(rows) < lanes:
-            raise ValueError(
-                f"{len(rows)} documents for {lanes} lanes (per_device_train_batch_size × args.row_groups): with "
-                "carry_memory every row of a batch reads a document of its own; use a smaller batch and more "
-                "gradient_accumulation_steps"
-            )
+            raise ValueError(too_few(len(rows), lanes))
         self.rows = [[index for _, index in sorted(places)] for places in rows.values()]
         self.steps = -(-sum(map(len, self.rows)) // lanes)
+        self.warn_of_ends()
+
+    def warn_of_ends(self):
+        """Say how much of the first epoch is left out, where that is more than the ends of a few documents."""
+        total = sum(map(len, self.rows))
+        lost = total - len({row for lane in self.deal() for row in lane})
+        if lost > MOST_LOST * total:
+            logger.warning(
+                "%d of %d rows are left out of an epoch: they lie beyond the mean length of %d lanes, and what is "
+                "shorter is read twice. A smaller batch with more gradient_accumulation_steps leaves out fewer",
+                lost,
+                total,
+                self.lanes,
+            )
 
     def set_epoch(self, epoch):
         self.epoch = epoch
@@ -75,9 +99,14 @@ def interleave(rows, lanes):
 
     Yields:
         `dict`: a row of each lane in turn. It ends where a lane has no document left.
+
+    Raises:
+        ValueError: when there are fewer documents than lanes.
     """
     documents = (list(group) for _, group in groupby(rows, key=lambda row: row["document"]))
     waiting = [next(documents, []) for _ in range(lanes)]
+    if not all(waiting):
+        raise ValueError(too_few(sum(map(bool, waiting)), lanes))
     while all(waiting):
         for lane in waiting:
             yield lane.pop(0)

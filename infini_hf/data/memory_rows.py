@@ -5,7 +5,17 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, draw_numbers, facts_of_kind, passkey_fact
+from .needles import (
+    GRASS,
+    JOINERS,
+    NAMES,
+    PASSKEY_HEADER,
+    WORDS,
+    brief_fact,
+    draw_numbers,
+    facts_of_kind,
+    passkey_fact,
+)
 from .needles import draw_key as draw_passkey
 
 # Tokens that a named fact with its question and some filler take, and a brief one.
@@ -37,6 +47,8 @@ class MemoryRowStyle:
         alike_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with named keys that are all made of
             the same two digits: what is said of a name can then be told apart by the name alone. Digits that differ
             find the next one by the last, whoever is asked for.
+        distinct_keys (`bool`, *optional*, defaults to `False`): no two names of a row have the same key. Of two digits
+            there are few keys: else every third row of twelve such facts has a name that another's key is right for.
         number_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts whose filler holds a few
             numbers that nobody asks for, of four digits at most: a long stream of novels holds hundreds, a short row
             hardly any.
@@ -65,6 +77,7 @@ class MemoryRowStyle:
     most_gap: int = 0
     brief_fraction: float = 0.0
     alike_fraction: float = 0.0
+    distinct_keys: bool = False
     number_fraction: float = 0.0
     most_digits: int = 7
     rows_alike: int = 16
@@ -72,6 +85,26 @@ class MemoryRowStyle:
     first_token_weight: float = 1.0
     novel_lanes: int = 0
     longest_reading: int = 65_536
+
+    def __post_init__(self):
+        """Refuse what no row can be drawn of.
+
+        Raises:
+            ValueError: names the value and what it may be.
+        """
+        least = {"least_segments": 1, "most_facts": 1, "most_gap": 0, "rows_alike": 1, "longest_reading": 1}
+        # Shorter keys have too few numbers.
+        least |= {"most_digits": 5, "most_segments": self.least_segments, "novel_lanes": 0}
+        least |= {"answer_weight": 0.0, "first_token_weight": 0.0}
+        most = dict.fromkeys((name for name in vars(self) if name.endswith("_fraction")), 1.0)
+        least |= dict.fromkeys(most, 0.0)
+        # Names and words of a row are distinct.
+        most |= {"most_facts": min(len(NAMES), len(WORDS)), "novel_lanes": self.rows_alike - 1}
+        for name, low in least.items():
+            value, high = getattr(self, name), most.get(name)
+            if value < low or (high is not None and value > high):
+                bound = f"at least {low}" if high is None else f"from {low} to {high}"
+                raise ValueError(f"{name}={value}: must be {bound}")
 
 
 class MemoryRows(torch.utils.data.Dataset):
@@ -94,7 +127,7 @@ class MemoryRows(torch.utils.data.Dataset):
     those of a novel never are, since its memory is carried on.
 
     Raises:
-        ValueError: when there is too little text, or `novel_lanes` leave no row for facts.
+        ValueError: when there is too little text.
     """
 
     def __init__(self, texts, tokenizer, rows, segment_length, style=MemoryRowStyle(), seed=0):
@@ -104,10 +137,6 @@ class MemoryRows(torch.utils.data.Dataset):
         self.grass = self._encode((GRASS + " ") * 8)
         self.space = self._encode(" ")[0]
         longest = style.most_segments * segment_length
-        if not 0 <= style.novel_lanes < style.rows_alike:
-            raise ValueError(
-                f"novel_lanes={style.novel_lanes}: must be at least 0 and below rows_alike={style.rows_alike}"
-            )
         if len(self.novels) <= longest:
             raise ValueError(f"the texts hold {len(self.novels)} tokens, rows up to {longest}: give more text")
         # So that a haystack of grass can begin anywhere.
@@ -176,7 +205,7 @@ class MemoryRows(torch.utils.data.Dataset):
         # Without the option nothing is drawn for it: rows of older recipes stay what they were.
         alike = style.alike_fraction and kind == "key" and rng.random() < style.alike_fraction
         kinds = rng.choice(10, 2, replace=False) if alike else None
-        facts = facts_of_kind(rng, kind, count, "train", style.most_digits, kinds)
+        facts = facts_of_kind(rng, kind, count, "train", style.most_digits, kinds, style.distinct_keys)
         return [brief_fact(fact) for fact in facts] if brief else facts
 
     def _encode(self, text):

@@ -17,6 +17,8 @@ PASSKEY_HEADER = (
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 JOINERS = (" ", "\n", "\n\n")
 
+# Draws of a key that is none of those before it.
+MOST_DRAWS = 1000
 NAMES = (
     "Abel Ada Agnes Albert Alice Amos Anna Arthur Barbara Basil Beatrice Bertha Caleb Cecil Charlotte Clara Conrad "
     "Cora Daniel Dora Edgar Edith Edmund Eleanor Elias Eliza Emma Ernest Esther Eugene Eva Felix Flora Frances "
@@ -181,14 +183,26 @@ def draw_facts(rng, count, split="train", most_digits=7):
     return facts_of_kind(rng, kind, count, split, most_digits)
 
 
-def facts_of_kind(rng, kind, count, split, most_digits, kinds=None):
+def facts_of_kind(rng, kind, count, split, most_digits, kinds=None, distinct=False):
     """`count` facts of the kind `"passkey"`, `"key"` or `"word"`; the latter two of distinct names.
 
-    With `kinds` the keys are made of these digits alone.
+    With `kinds` the keys are made of these digits alone; with `distinct` no two are the same.
+
+    Raises:
+        ValueError: when there are not so many different keys.
     """
+    drawn = set()
 
     def key():
-        return draw_key(rng, int(rng.integers(5, most_digits + 1)), split, kinds)
+        for _ in range(MOST_DRAWS):
+            found = draw_key(rng, int(rng.integers(5, most_digits + 1)), split, kinds)
+            if not distinct or found not in drawn:
+                drawn.add(found)
+                return found
+        raise ValueError(
+            f"{count} different keys of 5 to {most_digits} digits, of {'all' if kinds is None else len(kinds)} kinds: "
+            "there are not so many; fewer facts, or more digits"
+        )
 
     if kind == "passkey":
         return [passkey_fact(key()) for _ in range(count)]
