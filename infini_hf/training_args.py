@@ -176,6 +176,11 @@ class InfiniTrainingArguments(TrainingArguments):
                 f"retrieval_weight={self.retrieval_weight} with recompute_segments=True: the loss needs the keys of "
                 "the segments before, which would be computed again; set recompute_segments=False"
             )
+        if self.carry_memory and self.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"train_sampling_strategy={self.train_sampling_strategy!r} with carry_memory=True: rows are read in the "
+                "order of their documents; take 'random', which shuffles these, or 'sequential'"
+            )
         if self.offload_memory_states and not self.recompute_segments:
             raise ValueError(
                 "offload_memory_states=True with recompute_segments=False: the activations stay on the device, so "

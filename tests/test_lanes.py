@@ -273,6 +273,11 @@ def test_a_dataset_in_lane_order_is_left_in_it(tmp_path):
         make_trainer(tmp_path, carry_memory=True, train_sampling_strategy="sequential").train()
 
 
+def test_an_order_by_length_is_none_that_a_memory_is_carried_in(tmp_path):
+    with pytest.raises(ValueError, match="train_sampling_strategy='group_by_length' with carry_memory=True"):
+        make_trainer(tmp_path, carry_memory=True, train_sampling_strategy="group_by_length")
+
+
 def short_of_memory(model, rows, calls):
     """`model`, which fails as a full device does at the given call with as many rows."""
     met = []
