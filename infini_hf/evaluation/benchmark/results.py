@@ -90,7 +90,8 @@ class ResultFile:
             lines = whole.splitlines()
             self.check_conditions([line[2:] for line in lines if line.startswith("# ")])
             rows = csv.DictReader(line for line in lines if not line.startswith("# "))
-            self.runs = [Run.read(row) for row in rows]
+            # As little as one of too few columns, or too many.
+            self.runs = [Run.read(row) for row in rows if None not in row and None not in row.values()]
         self.session = 1 + max((run.session for run in self.runs), default=0)
 
     def check_conditions(self, lines):
