@@ -178,8 +178,8 @@ class InfiniTrainingArguments(TrainingArguments):
             )
         if self.carry_memory and self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
-                f"train_sampling_strategy={self.train_sampling_strategy!r} with carry_memory=True: rows are read in the "
-                "order of their documents; take 'random', which shuffles these, or 'sequential'"
+                f"train_sampling_strategy={self.train_sampling_strategy!r} with carry_memory=True: rows are read in "
+                "the order of their documents; take 'random', which shuffles these, or 'sequential'"
             )
         if self.offload_memory_states and not self.recompute_segments:
             raise ValueError(

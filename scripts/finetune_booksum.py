@@ -47,6 +47,7 @@ def main(argv=None):
     model_args, lora_args, pair_args, args = parse_arguments(
         (ModelArguments, LoraArguments, PairArguments, InfiniTrainingArguments), __doc__, argv
     )
+    model_args.check()
     find_source(pair_args.source, "source")
     set_seed(args.seed)
     model, tokenizer = model_args.load(**lora_args.loading_options())

@@ -70,6 +70,7 @@ def main(argv=None):
     count = rows_to_draw(args)
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
     row_args.check_batches(args)
+    model_args.check()
     texts = read_texts(row_args.train_folder)
     set_seed(args.seed)
     model, tokenizer = model_args.load()

@@ -57,6 +57,7 @@ def main(argv=None):
         raise ValueError(f"resting_layers={memory_args.resting_layers}: all weights rest in a fit; leave it out")
     if Path(args.output_dir).is_file():
         raise ValueError(f"output_dir={args.output_dir}: is a file; name a folder, which is made if it is not there")
+    model_args.check()
     texts = read_texts(args.train_folder)
     model, tokenizer = model_args.load()
     memory_args.prepare(model, tokenizer, texts)

@@ -23,6 +23,7 @@ def main(argv=None):
     model_args, data_args, args = parse_arguments(
         (ModelArguments, DocumentArguments, InfiniTrainingArguments), __doc__, argv
     )
+    model_args.check()
     data_args.check_sources()
     set_seed(args.seed)
     model, tokenizer = model_args.load()

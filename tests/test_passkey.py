@@ -17,7 +17,7 @@ def test_each_control_asks_another_state(prose_model, prose_tokenizer, prose_hay
     met = []
 
     def note(asked, prose_tokenizer, cache, prompts, max_new_tokens):
-        met.append((asked.model.layers[0].self_attn.memory_gate.bias[0].item(), cache.infini_layers[0]))
+        met.append((asked.model.layers[0].self_attn.memory_gate.closed, cache.infini_layers[0]))
         return ["0"] * len(prompts)
 
     monkeypatch.setattr(questions, "ask", note)
@@ -30,8 +30,8 @@ def test_each_control_asks_another_state(prose_model, prose_tokenizer, prose_hay
     samples = file.samples
     assert [(s.control, s.number) for s in samples] == [(c, n) for c in questions.ASKED_ALIKE for n in range(3)]
     alone = [prefill(prose_model, streams[row : row + 1]).infini_layers[0] for row in range(3)]
-    for (gate, layer), control in zip(met, questions.ASKED_ALIKE, strict=True):
-        assert gate == (0.0 if control == "closed" else 1.0)
+    for (closed, layer), control in zip(met, questions.ASKED_ALIKE, strict=True):
+        assert closed == (control == "closed")
         for row in range(3):
             past = alone[row - 1 if control == "other" else row]
             for actual, expected in (

@@ -63,15 +63,24 @@ class ModelArguments:
             )
         return None
 
+    def check(self):
+        """Refuse what can be refused before anything is read, and return what `from_pretrained` takes for the model.
+
+        Raises:
+            ValueError: for a model that is not there, a patch that is none, or an unknown precision.
+        """
+        self.infini_config()
+        if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
+            raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
+        return find_model(self.model)
+
     def load(self, adapter=None, **options):
         """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""
+        name = self.check()
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.matmul_precision is not None:
-            if self.matmul_precision not in MATMUL_PRECISIONS:
-                raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
             torch.set_float32_matmul_precision(self.matmul_precision)
-        name = find_model(self.model)
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         options["dtype"] = self.dtype
