@@ -20,12 +20,13 @@ from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.run_training import train_and_report
 from infini_hf.cli.script_arguments import ModelArguments, command_line, rows_to_draw
 from infini_hf.data.base_rows import read_texts
-from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+from infini_hf.data.memory_row_style import MemoryRowStyle
+from infini_hf.data.memory_rows import MemoryRows
 
 
 @dataclass(frozen=True)
 class RowArguments(MemoryRowStyle):
-    """The rows: see infini_hf.data.memory_rows."""
+    """The rows: see infini_hf.data.memory_row_style."""
 
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})
 

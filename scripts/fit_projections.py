@@ -16,14 +16,15 @@ from infini_hf.cli.errors import run_script
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.base_rows import read_texts
-from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+from infini_hf.data.memory_row_style import MemoryRowStyle
+from infini_hf.data.memory_rows import MemoryRows
 from infini_hf.projection_fit import FitSettings, fit_memory_projections, layers_to_fit
 from infini_hf.told_rows import tracked
 
 
 @dataclass(frozen=True)
 class FitArguments(MemoryRowStyle):
-    """Where from and where to; the rows: see infini_hf.data.memory_rows."""
+    """Where from and where to; the rows: see infini_hf.data.memory_row_style."""
 
     output_dir: str = field(default="outputs/fitted", metadata={"help": "folder of the model that comes out"})
     train_folder: str = field(default="novels/train", metadata={"help": "folder of plain-text novels"})

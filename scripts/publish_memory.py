@@ -23,7 +23,7 @@ from infini_hf.callbacks import gate_values
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_file, find_model
-from infini_hf.data.memory_rows import MemoryRowStyle
+from infini_hf.data.memory_row_style import MemoryRowStyle
 from infini_hf.evaluation.needles.samples import SampleFile
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
 from infini_hf.snapshot import digest_weights

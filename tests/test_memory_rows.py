@@ -8,7 +8,8 @@ import torch
 from prose import PROSE
 
 from infini_hf.data.collator import InfiniCollator
-from infini_hf.data.memory_rows import MemoryRows, MemoryRowStyle
+from infini_hf.data.memory_row_style import MemoryRowStyle
+from infini_hf.data.memory_rows import MemoryRows
 from infini_hf.data.needles import (
     WORDS,
     brief_fact,
