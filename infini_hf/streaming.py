@@ -86,6 +86,7 @@ def prefill(model, ids, attention_mask=None, cache=None, chunk_size=2048, progre
     Raises:
         TypeError: when `ids` are not token ids, or `model` or `cache` is of another kind.
         ValueError: when the model is not patched, an id is not in the vocabulary, or shapes do not fit.
+        NotImplementedError: when an adapter of PEFT puts virtual tokens before the text.
     """
     inner = require_patched(model)
     check_size("chunk_size", chunk_size)
@@ -168,7 +169,7 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
 
     Raises:
         ValueError: without tokens, with a model that is not patched, or with `past_key_values` beside `cache`.
-        NotImplementedError: for assisted decoding.
+        NotImplementedError: for assisted decoding, and as [`prefill`] does.
     """
     inner = require_patched(model)
     cache = open_cache(inner, cache)

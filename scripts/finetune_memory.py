@@ -7,7 +7,6 @@ Exact gradients through the memory, memory dilution driven by the accuracy of th
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 
 from transformers import set_seed
@@ -50,10 +49,6 @@ class RowArguments(MemoryRowStyle):
                 f"rows_alike={self.rows_alike} rows (per_device_train_batch_size × processes)"
             )
 
-    def style(self):
-        names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
-        return MemoryRowStyle(**{name: getattr(self, name) for name in names})
-
 
 @dataclass
 class RunArguments(InfiniTrainingArguments):
@@ -82,7 +77,7 @@ def main(argv=None):
         tokenizer,
         count,
         infini_config_of(model.config).segment_length,
-        row_args.style(),
+        row_args,
         args.seed,
     )
     data = f"facts hidden in {row_args.train_folder} and in grass filler"

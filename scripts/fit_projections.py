@@ -6,7 +6,6 @@ The weights rest; what reads the memory has to learn afterwards what it now hold
 how often the heads' votes find the source of an answer, and its token, before and after. Takes minutes on a CPU.
 """
 
-import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,10 +30,6 @@ class FitArguments(MemoryRowStyle):
     rows: int = field(default=640, metadata={"help": "rows to read; one of sixteen is kept out of the fit"})
     layers: list[int] | None = field(default=None, metadata={"help": "layers to fit; by default all"})
     anew: list[int] = field(default_factory=list, metadata={"help": "those of them that begin anew"})
-
-    def style(self):
-        names = [item.name for item in dataclasses.fields(MemoryRowStyle)]
-        return MemoryRowStyle(**{name: getattr(self, name) for name in names})
 
 
 def table(report):
@@ -64,7 +59,7 @@ def main(argv=None):
     memory_args.prepare(model, tokenizer, texts)
     layers_to_fit(model, args.layers, args.anew)
     length = infini_config_of(model.config).segment_length
-    rows = MemoryRows(texts, tokenizer, args.rows, length, args.style(), settings.seed)
+    rows = MemoryRows(texts, tokenizer, args.rows, length, args, settings.seed)
     drawn = list(tracked(rows, True, "drawing rows"))
     report = fit_memory_projections(model, drawn, args.layers, args.anew, settings)
     model.save_pretrained(args.output_dir)

@@ -10,6 +10,7 @@ from dataclasses import fields
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -325,8 +326,30 @@ def test_without_lora_all_weights_are_trained(way, data, tmp_path):
 
 
 def test_four_bits_without_lora_are_refused():
+    """Before a base is loaded for them."""
     with pytest.raises(ValueError, match="load_in_4bit needs lora_r"):
-        LoraArguments(load_in_4bit=True).wrap(None)
+        LoraArguments(load_in_4bit=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--per_device_train_batch_size", 4], "3 documents for 4 lanes"),
+        (["--join", "true"], "join with streaming and carry_memory: joined rows are one document"),
+    ],
+)
+def test_a_stream_that_lanes_cannot_read_is_refused(data, tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        pretrain(data, tmp_path, "--streaming", "true", "--carry_memory", "true", *options)
+    assert not (tmp_path / "final").exists()
+
+
+def test_a_run_without_a_step_is_not_published(data, tmp_path, monkeypatch):
+    nothing = SimpleNamespace(metrics={"train_runtime": 0.0, "train_loss": 0.0})
+    monkeypatch.setattr(run_training.InfiniTrainer, "train", lambda *args, **options: nothing)
+    with pytest.raises(ValueError, match="max_steps=2: no step was trained"):
+        pretrain(data, tmp_path)
+    assert not (tmp_path / "final").exists()
 
 
 # Summaries.
