@@ -1,19 +1,24 @@
 """How a program ends: 2 and one line after a refusal, 130 after Ctrl-C, and a traceback of what is a bug."""
 
 import argparse
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 import torch
 from test_scripts import script
+from transformers import AutoConfig
 
 from infini_hf import InfiniConfig
+from infini_hf.assets import resolve
+from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.documents import load_documents
 from infini_hf.data.packing import pack_documents
+from infini_hf.gate import MemoryGate
 
 ROOT = Path(__file__).parent.parent
 TINY = str(ROOT / "configs" / "pretrain" / "tiny_cpu.yaml")
@@ -96,6 +101,18 @@ def test_a_part_of_a_patch_is_not_dropped(option, tmp_path):
     assert (patch.segment_length, str(getattr(patch, name))) == (64, value)
     (args,) = parse_arguments((ModelArguments,), "", ["--model", "tiny-llama-infini"])
     assert args.infini_config() is None
+
+
+@pytest.mark.parametrize("option", [{"segment_length": 256}, {"overlap": 16}, {"segment_length": 64, "overlap": 0}])
+def test_of_a_patched_checkpoint_only_what_is_asked_for_changes(option):
+    """--segment_length alone took the feature map of the checkpoint away, for the default of a first patch."""
+    words = [word for name, value in option.items() for word in (f"--{name}", str(value))]
+    (args,) = parse_arguments((ModelArguments,), "", ["--model", "tiny-llama-infini", *words])
+    stored = infini_config_of(AutoConfig.from_pretrained(resolve("tiny-llama-infini")))
+    assert stored.feature_map != InfiniConfig().feature_map
+    model, _ = args.load()
+    assert infini_config_of(model.config) == dataclasses.replace(stored, **option) != stored
+    assert all(module.bias.count_nonzero() for module in model.modules() if isinstance(module, MemoryGate))
 
 
 def test_a_config_that_is_no_text_is_named(tmp_path):

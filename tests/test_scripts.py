@@ -387,6 +387,14 @@ def test_a_resumed_file_holds_what_an_uninterrupted_one_does(adapted, data, tmp_
     assert summarize(data, tmp_path / "parts.jsonl", *options) == whole
 
 
+def test_a_patch_that_an_adapter_was_not_trained_under_is_refused(adapted, data, tmp_path):
+    """It was left out without a word."""
+    folder = adapted[0] / "final"
+    with pytest.raises(ValueError, match=r"^overlap=7: '.*final' was trained with 32, and an adapter brings its own"):
+        summarize(data, tmp_path / "said.jsonl", "--adapter", folder, "--overlap", 7)
+    assert not (tmp_path / "said.jsonl").exists()
+
+
 def test_the_adapter_and_the_memory_matter_to_a_summary(adapted, data, tmp_path, monkeypatch):
     """The script reads with the adapter, and with every gate closed when that is asked for."""
     seen = []
@@ -490,7 +498,7 @@ def test_one_text_file_can_be_summarised(data, tmp_path):
 
 def test_an_adapter_is_loaded_as_the_model_arguments_say(adapted):
     """Precision and attention are those asked for, the patch is the adapter's."""
-    arguments = ModelArguments("tiny-llama", dtype="float32", attn_implementation="eager", segment_length=64)
+    arguments = ModelArguments("tiny-llama", dtype="float32", attn_implementation="eager")
     model, _ = arguments.load(adapted[0] / "final")
     assert model.config._attn_implementation == "eager"
     assert InfiniConfig.from_dict(model.config.infini_attention) == PATCH

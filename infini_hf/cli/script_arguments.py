@@ -3,11 +3,11 @@
 import re
 import shlex
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
@@ -26,15 +26,23 @@ class ModelArguments:
     model: str = field(metadata={"help": "hub name, folder, or shipped checkpoint (tiny-llama)"})
     dtype: str = field(default="auto", metadata={"help": "weights' dtype: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
-    segment_length: int | None = field(default=None, metadata={"help": "tokens in a segment; default: the model's"})
-    memory_update: str | None = field(default=None, metadata={"help": "linear (default) or delta"})
-    feature_map: str | None = field(default=None, metadata={"help": "elu (default), exp or softmax"})
-    gate: str | None = field(default=None, metadata={"help": "tanh (default) or sigmoid"})
+    segment_length: int | None = field(
+        default=None,
+        metadata={"help": "tokens in a segment; default: the model's, as with every option of a patch that it has"},
+    )
+    memory_update: str | None = field(
+        default=None, metadata={"help": "linear or delta (default: the model's, or linear)"}
+    )
+    feature_map: str | None = field(
+        default=None, metadata={"help": "elu, exp or softmax (default: the model's, or elu)"}
+    )
+    gate: str | None = field(default=None, metadata={"help": "tanh or sigmoid (default: the model's, or tanh)"})
     overlap: int | None = field(
-        default=None, metadata={"help": "tokens of the last segment that local attention still sees (default: none)"}
+        default=None,
+        metadata={"help": "tokens of the last segment that local attention still sees (default: the model's, or 0)"},
     )
     sink_tokens: int | None = field(
-        default=None, metadata={"help": "first tokens that local attention always sees (default: none)"}
+        default=None, metadata={"help": "first tokens that local attention always sees (default: the model's, or 0)"}
     )
     threads: int = field(default=0, metadata={"help": "CPU threads; 0 leaves torch's choice"})
     matmul_precision: str | None = field(
@@ -45,23 +53,54 @@ class ModelArguments:
         },
     )
 
-    def infini_config(self):
-        """The patch asked for, or `None` for that of the checkpoint.
+    def asked(self):
+        """What is asked of the patch, by the names of [`InfiniConfig`]."""
+        names = ("segment_length", "memory_update", "feature_map", "gate", "overlap", "sink_tokens")
+        return {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+
+    def infini_config(self, stored=None):
+        """The patch asked for: that of the checkpoint, or the defaults, with what is asked for in its place.
+
+        Args:
+            stored ([`InfiniConfig`], *optional*): the patch that the checkpoint has, if it has one.
+
+        Returns:
+            [`InfiniConfig`] or `None`: `None` where nothing is asked for, so that the checkpoint's stays.
 
         Raises:
-            ValueError: when a part of a patch is asked for without its `segment_length`.
+            ValueError: when a part of a patch is asked for, of a model that has none, without `segment_length`.
         """
-        names = ("memory_update", "feature_map", "gate", "overlap", "sink_tokens")
-        asked = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        if self.segment_length is not None:
-            return InfiniConfig(segment_length=self.segment_length, **asked)
-        if asked:
+        asked = self.asked()
+        if not asked:
+            return None
+        if stored is not None:
+            return replace(stored, **asked)
+        if "segment_length" not in asked:
             name, value = next(iter(asked.items()))
             raise ValueError(
-                f"{name}={value!r} without segment_length: a patch is asked for as a whole. Give segment_length too, "
-                "or leave the option out: a patched checkpoint then keeps its own patch"
+                f"{name}={value!r} without segment_length: {self.model!r} is not patched yet, and its first patch is "
+                "asked for as a whole; give segment_length too"
             )
-        return None
+        return InfiniConfig(**asked)
+
+    def check_adapter(self, folder):
+        """Hold what is asked of the patch to that of an adapter, which brings its own.
+
+        Args:
+            folder (`str`): the adapter's folder, or its name on the hub.
+
+        Raises:
+            ValueError: names an option that the adapter was not trained with.
+        """
+        from ..lora import read_config
+
+        brought = InfiniConfig.from_dict(read_config(folder, {}).infini_attention)
+        for name, value in self.asked().items():
+            if value != getattr(brought, name):
+                raise ValueError(
+                    f"{name}={value!r}: {folder!r} was trained with {getattr(brought, name)!r}, and an adapter brings "
+                    f"its own patch; leave {name} out"
+                )
 
     def check(self):
         """Refuse what can be refused before anything is read, and return what `from_pretrained` takes for the model.
@@ -69,10 +108,23 @@ class ModelArguments:
         Raises:
             ValueError: for a model that is not there, a patch that is none, or an unknown precision.
         """
-        self.infini_config()
         if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
             raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
-        return find_model(self.model)
+        name = find_model(self.model)
+        self.infini_config(self.stored(name))
+        return name
+
+    def stored(self, name):
+        """The patch that a checkpoint has, or `None`; it is not looked for where nothing is asked of it.
+
+        Args:
+            name (`str`): what [`find_model`] made of the model's name.
+        """
+        if not self.asked():
+            return None
+        with loading(self.model):
+            values = getattr(AutoConfig.from_pretrained(name), "infini_attention", None)
+        return None if values is None else InfiniConfig.from_dict(values)
 
     def load(self, adapter=None, **options):
         """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""
@@ -85,9 +137,12 @@ class ModelArguments:
             options["attn_implementation"] = self.attn_implementation
         options["dtype"] = self.dtype
         folder = None if adapter is None else find_adapter(adapter)
+        if folder is not None:
+            self.check_adapter(folder)
         with loading(self.model if adapter is None else f"{self.model} with {adapter}"):
             if folder is None:
-                model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=self.infini_config(), **options)
+                patch = self.infini_config(self.stored(name))
+                model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=patch, **options)
             else:
                 from ..lora import load_adapter
 
