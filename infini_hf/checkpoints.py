@@ -90,6 +90,7 @@ def describe(trainer):
         "processes": args.world_size,
         "row groups": args.row_groups,
         "dilution": trainer.dilution.state(),
+        "place": trainer.place(),
         "gates_at_start": {index: gates.tolist() for index, gates in (trainer.gates.start or {}).items()},
     }
 

@@ -54,6 +54,23 @@ def check_mask(attention_mask, ids):
     return mask
 
 
+def refuse_right_padding(mask):
+    """Raise where a row ends in padding: what continues it would be predicted from there.
+
+    Args:
+        mask (`torch.Tensor`): `(batch, seq_len)`, 0 at padding.
+
+    Raises:
+        ValueError: names the rows.
+    """
+    rows = (mask[:, -1] == 0).nonzero()[:, 0].tolist()
+    if rows:
+        raise ValueError(
+            f"attention_mask ends in padding in rows {rows}: generation goes on from the last column; pad on the left "
+            "(tokenizer.padding_side = 'left')"
+        )
+
+
 def check_size(name, value):
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name}={value!r}: must be a whole number of at least 1")

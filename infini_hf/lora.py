@@ -23,6 +23,7 @@ from .attention import InfiniAttention
 from .auto import GATE, PROJECTIONS, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
 from .cache import infini_config_of
 from .config import InfiniConfig
+from .lora_base import sample_base, warn_of_base
 from .patching import is_patched, patch_model, unpatch_model
 from .streaming import require_patched
 
@@ -42,18 +43,20 @@ class InfiniLoraConfig(LoraConfig):
 
     Args:
         infini_attention (`dict`, *optional*): the options of the patch, as in `config.infini_attention`.
+        base_sample (`dict`, *optional*): a few weights of the base, see [`infini_hf.lora_base`].
     """
 
     infini_attention: dict | None = None
+    base_sample: dict | None = None
 
     @classmethod
-    def from_peft_type(cls, infini_attention=None, **kwargs):
+    def from_peft_type(cls, infini_attention=None, base_sample=None, **kwargs):
         """What PEFT calls with the contents of an `adapter_config.json`; one without a record stays a stock config."""
         config = super().from_peft_type(**kwargs)
         if infini_attention is None:
             return config
         values = {field.name: vars(config)[field.name] for field in dataclasses.fields(config) if field.init}
-        return cls(**{**values, "infini_attention": infini_attention})
+        return cls(**{**values, "infini_attention": infini_attention, "base_sample": base_sample})
 
 
 def lora_config(model, **lora_kwargs):
@@ -78,13 +81,15 @@ def lora_config(model, **lora_kwargs):
     peft_model = get_peft_model(model, lora_config(model, r=16, target_modules=["q_proj", "v_proj"]))
     ```
     """
-    patch = infini_config_of(require_patched(model).config)
+    inner = require_patched(model)
+    patch = infini_config_of(inner.config)
     named = lora_kwargs.pop("modules_to_save", None) or ()
     if isinstance(named, str):
         raise TypeError(f"modules_to_save={named!r}: must be a list of names, as in [{named!r}]")
     lora_kwargs.setdefault("task_type", "CAUSAL_LM")
     saved = list(dict.fromkeys([*named, GATE_MODULE]))
-    return InfiniLoraConfig(modules_to_save=saved, infini_attention=patch.to_dict(), **lora_kwargs)
+    record = {"infini_attention": patch.to_dict(), "base_sample": sample_base(inner)}
+    return InfiniLoraConfig(modules_to_save=saved, **record, **lora_kwargs)
 
 
 def add_lora(model, **lora_kwargs):
@@ -123,6 +128,8 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         kwargs: how the base is loaded when it is a name (`dtype`, `device_map`, `quantization_config`, …), the hub's
             `token` and the like for both, and PEFT's `adapter_name`, `autocast_adapter_dtype` and `torch_device`.
 
+    A base with other weights than those that the adapter was trained on is warned of.
+
     Returns:
         `peft.PeftModel`: the adapted model; `merge_and_unload()` gives a patched model without PEFT (merge on a base
         that is not quantized: a 4-bit weight rounds the adapter away).
@@ -148,6 +155,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         check_gates(model, shapes, directory)
         make_room(model, shapes, undo)
         check_gate_parts(model, shapes, directory)
+        warn_of_base(model, config.base_sample, directory)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
         peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)

@@ -4,6 +4,7 @@ import json
 from dataclasses import fields
 from pathlib import Path
 
+from huggingface_hub import ModelCard
 from transformers import TrainingArguments
 
 from .cache import infini_config_of
@@ -70,16 +71,20 @@ def card_lines(trainer, base, data, command, steps_before, findings):
     inner = require_patched(trainer.model)
     patch = infini_config_of(inner.config).to_dict()
     earlier = f", the first {steps_before} of them before this command went on with these options"
-    kind = "LoRA adapters and gates" if inner is not trainer.model else "all weights"
+    adapted = inner is not trainer.model
+    kind = "LoRA adapters and gates" if adapted else "all weights"
+    origin = hub_base(base)
     return [
         "---",
-        f"base_model: {base}",
-        "library_name: " + ("peft" if inner is not trainer.model else "transformers"),
+        *([] if origin is None else [f"base_model: {origin}"]),
+        "library_name: " + ("peft" if adapted else "transformers"),
         "tags: [infini-attention, infini_hf]",
         "---",
         f"# {Path(trainer.args.output_dir).resolve().name}",
         "",
         f"`{base}` with Infini-attention (arXiv 2404.07143), {kind} trained by infini_hf {__version__}.",
+        "",
+        *use_lines(base if adapted else None, trainer.hub_model_id),
         "",
         "## Patch",
         "",
@@ -96,6 +101,30 @@ def card_lines(trainer, base, data, command, steps_before, findings):
         "",
         *findings,
     ]
+
+
+def hub_base(base):
+    """The name on the hub of what a base is or comes from; `None` where that is not known.
+
+    The hub takes no card whose `base_model` is a folder, nor what is uploaded beside it.
+    """
+    card = Path(base) / CARD
+    if card.is_file():
+        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
+        return named if isinstance(named, str) else None
+    return base if not Path(base).exists() and base.count("/") == 1 else None
+
+
+def use_lines(base, name):
+    """How to load the model with its memory: an adapter on its `base`; `name` is its own on the hub, if it has one."""
+    name = repr(name or "FOLDER").replace("'", '"')
+    if base is None:
+        source, call = "infini_hf", f"AutoInfiniModelForCausalLM.from_pretrained({name})"
+    else:
+        source, call = "infini_hf.lora", f'load_adapter("{base}", {name})'
+    stock = "`AutoModelForCausalLM` loads the weights without the gates, and no memory."
+    lines = ["## Use", "", "```python", f"from {source} import {call.split('.')[0].split('(')[0]}", ""]
+    return [*lines, f"model = {call}", "```", *(["", stock] if base is None else [])]
 
 
 def changed_options(args):

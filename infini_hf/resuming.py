@@ -2,6 +2,7 @@
 
 import torch
 from transformers import Trainer
+from transformers.trainer_utils import has_length
 
 from .checkpoints import check_resume, disown, record_run, resolve_checkpoint
 from .lanes import Lanes
@@ -22,18 +23,36 @@ class ResumableTrainer(Trainer):
         """
         resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self.gates.start = self.resumed = None
+        self.epoch_start = 0, 0, 0
         if resume_from_checkpoint is not None:
             record = check_resume(resume_from_checkpoint, self)
             self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
             self.resumed = resume_from_checkpoint, record
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _run_epoch(self, *args, **kwargs):
+    def _init_training_state(self, *args, **kwargs):
+        epoch, batches = super()._init_training_state(*args, **kwargs)
+        place = None if self.resumed is None else self.resumed[1].get("place")
+        if place is None or has_length(self.train_dataset):
+            return epoch, batches
+        # The stock trainer takes a stream to have no end, and would look for its place in the first pass.
+        return place["epoch"], 0 if self.args.ignore_data_skip else place["batches"]
+
+    def _run_epoch(self, *args, epoch, epochs_trained=0, steps_trained_in_current_epoch=0, **kwargs):
         # A finished run that is resumed: the stock loop would take one step more before it counts them.
         if self.state.global_step >= self.state.max_steps:
             self.control.should_training_stop = True
             return
-        super()._run_epoch(*args, **kwargs)
+        skipped = steps_trained_in_current_epoch if self.resumed and epoch == epochs_trained else 0
+        self.epoch_start = epoch, self.state.global_step, skipped
+        kwargs |= {"epochs_trained": epochs_trained, "steps_trained_in_current_epoch": steps_trained_in_current_epoch}
+        super()._run_epoch(*args, epoch=epoch, **kwargs)
+
+    def place(self):
+        """How often the data was read before, and the micro-batches of it read since: where a stream goes on."""
+        epoch, step, skipped = self.epoch_start
+        steps = self.state.global_step - step
+        return {"epoch": epoch, "batches": skipped + steps * self.args.gradient_accumulation_steps}
 
     def begin_run(self, model):
         """Begin with empty lanes and no dilution, or with those of the checkpoint that is resumed."""

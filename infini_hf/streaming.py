@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .cache import InfiniCache
 from .generation_options import GenerationOptions
-from .inputs import as_batch, check_mask, check_size, stream_chunks
+from .inputs import as_batch, check_mask, check_size, refuse_right_padding, stream_chunks
 from .patching import patched_decoder
 from .sequence_parallel import SequenceParallelCache, refuse_split
 from .static_cache import StaticInfiniCache
@@ -168,7 +168,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         What `model.generate` returns: the ids passed, then the new ones.
 
     Raises:
-        ValueError: without tokens, with a model that is not patched, or with `past_key_values` beside `cache`.
+        ValueError: without tokens, with padding on the right, with a model that is not patched, or with
+            `past_key_values` beside `cache`.
         NotImplementedError: for assisted decoding, and as [`prefill`] does.
     """
     inner = require_patched(model)
@@ -195,6 +196,7 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     ids = ids.to(input_device(inner))
     mask = check_mask(attention_mask, ids)
     mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
+    refuse_right_padding(mask)
     # All on copies, so that an interruption leaves the caller's cache before the turn, not in its middle. The prompt
     # is read in chunks up to its last token, which the stock loop needs to begin with.
     after, prompt = copy.copy(cache), ids.shape[1] - 1

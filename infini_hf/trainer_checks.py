@@ -49,6 +49,16 @@ def refuse_launch(trainer):
 def refuse_options(trainer):
     """Raise for options that exclude each other, or that the model has no use for."""
     args, data = trainer.args, trainer.train_dataset
+    if args.torch_compile:
+        raise NotImplementedError(
+            "torch_compile=True: a step reads segment after segment into a cache that it branches, and compiled "
+            "training was not tried; leave it out"
+        )
+    if args.carry_memory and getattr(args, "enable_jit_checkpoint", False):
+        raise NotImplementedError(
+            "enable_jit_checkpoint with carry_memory=True: it saves between a backward pass and its step, when the "
+            "lanes have read the rows already that a resumed run would read again; leave it out, and save often"
+        )
     rule = infini_config_of(trainer.lanes.config).memory_update
     if args.memory_dilution > 1 and rule != "linear":
         raise ValueError(

@@ -41,6 +41,9 @@ class EvaluationArguments:
     """What is measured, and on what."""
 
     task: str = field(default="perplexity", metadata={"help": "perplexity or rouge"})
+    adapter: str | None = field(
+        default=None, metadata={"help": "folder of a LoRA adapter, which is merged into the model for perplexity"}
+    )
     source: str | None = field(default=None, metadata={"help": "texts for perplexity: folder, file or hub dataset"})
     split: str | None = field(
         default=None, metadata={"help": "default: validation of a hub dataset, all of a local folder or file"}
@@ -80,7 +83,7 @@ def perplexity(model_args, args):
     if args.source is None:
         raise ValueError("source: name the texts to measure on")
     ways = args.parsed_ways()
-    model, tokenizer = model_args.load()
+    model, tokenizer = model_args.load(args.adapter, merge=True)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     patch = infini_config_of(model.config)
@@ -100,7 +103,12 @@ def perplexity(model_args, args):
     if args.figure or args.figure_ways:
         curves = {name: curve_of(losses[name]) for name in args.figure_ways or losses}
         draw_by_position(curves, Path(args.output).with_suffix(".png"), beyond)
-    numbers = {"model": model_args.model, "patch": patch.to_dict(), "max_tokens": args.max_tokens}
+    numbers = {
+        "model": model_args.model,
+        "adapter": args.adapter,
+        "patch": patch.to_dict(),
+        "max_tokens": args.max_tokens,
+    }
     numbers |= {"edges": edges, "losses": table.rows, "tokens": counts, "beyond": beyond}
     numbers["comparison"] = [row.to_dict() for row in rows]
     numbers["documents"] = {name: [text_mean(part[beyond:]) for part in parts] for name, parts in losses.items()}

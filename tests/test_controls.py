@@ -10,6 +10,7 @@ import pytest
 import torch
 from accelerate import cpu_offload
 from datasets import Dataset
+from huggingface_hub import ModelCard
 from models import build, build_patched, gate_parameters, open_gates, random_ids, relative_error
 from peft import get_peft_model
 from reading import read, read_whole
@@ -261,6 +262,20 @@ def test_the_card_has_patch_recipe_results_and_gates(tmp_path):
     assert {"max_steps", "learning_rate", "recompute_segments"} <= set(options)
     # Defaults of the stock go without saying, and so does where this machine keeps things.
     assert not {"adam_beta1", "max_grad_norm", "bptt_segments", "output_dir", "use_cpu", "debug"} & set(options)
+
+
+def test_the_card_names_no_folder_as_its_base(tmp_path):
+    """The hub refuses such a card, and all that is uploaded with it."""
+    trainer = make_trainer(tmp_path / "run")
+    trainer.train()
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    for folder in (known, unknown):
+        folder.mkdir()
+    (known / "README.md").write_text("---\nbase_model: some/base\n---\n# known\n", encoding="utf-8")
+    for base, named in ((known, "some/base"), (unknown, None), ("tiny-llama", None), ("other/base", "other/base")):
+        text = write_model_card(trainer, tmp_path, str(base), "rows", "command", {}).read_text(encoding="utf-8")
+        assert ModelCard(text).data.base_model == named
+        assert 'AutoInfiniModelForCausalLM.from_pretrained("FOLDER")' in text
 
 
 def test_the_card_of_an_adapter_says_so(tmp_path):

@@ -466,6 +466,15 @@ def test_prefill_takes_a_tensor_a_list_rows_or_pieces(llama, kind, chunk_size):
     assert_same_state(cache, read(llama, ids)[1])
 
 
+def test_padding_on_the_right_is_refused(llama):
+    """The row would go on from a column that is none of its text."""
+    cache = InfiniCache(llama.config)
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    with pytest.raises(ValueError, match=r"ends in padding in rows \[1\]: .* pad on the left"):
+        generate(llama, random_ids(2, 3), cache=cache, attention_mask=mask, max_new_tokens=2)
+    assert cache.seen == ()
+
+
 def test_prefill_refuses_a_mask_beside_pieces(llama):
     ids = random_ids(1, 9)
     with pytest.raises(ValueError, match="attention_mask"):

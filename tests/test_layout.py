@@ -25,7 +25,7 @@ ROWS = (
     "hooks",
     "patching",
     "auto",
-    "streaming",
+    "streaming lora_base",
     "callbacks lora calibration distillation trainer_checks resuming shared_rows told_rows",
     "trainer evaluation projection_fit",
     "model_card",

@@ -333,6 +333,32 @@ def test_a_base_that_is_patched_differently_is_refused_with_both_patches(tmp_pat
         load_adapter(saved(tmp_path, other, "base"), folder)
 
 
+def merged_elsewhere(tmp_path):
+    """The base with another adapter merged in, on two kinds of weights alone."""
+    other = adapt(build_patched(**PATCH), seed=9, target_modules=["q_proj", "v_proj"])
+    return saved(tmp_path, unpatch_model(other.merge_and_unload()), "merged")
+
+
+@pytest.mark.parametrize("other", [lambda tmp_path: build(seed=1), merged_elsewhere])
+def test_other_weights_than_those_that_it_was_trained_on_are_warned_of(other, tmp_path, folder, caplog):
+    """They fit in shape, and nothing said that the adapter meant others."""
+    load_adapter(other(tmp_path), folder)
+    (said,) = caplog.messages
+    assert "was trained on other weights than those of this base" in said
+    assert str(folder) in said
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_the_own_base_in_any_dtype_is_not_warned_of(dtype, tmp_path, folder, caplog):
+    load_adapter(plain_base(tmp_path), folder, dtype=dtype)
+    assert caplog.messages == []
+
+
+def test_an_adapter_of_an_earlier_version_says_nothing_of_its_base(folder, caplog):
+    load_adapter(build(seed=1), rewrite(folder, base_sample=None))
+    assert caplog.messages == []
+
+
 def test_a_folder_that_is_no_adapter_is_refused(tmp_path, folder):
     refused("no adapter can be read there", tmp_path / "nothing")
     refused("no adapter can be read there", plain_base(tmp_path))

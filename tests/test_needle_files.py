@@ -6,10 +6,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 import typer
+from models import open_gates
+from peft import get_peft_model
 from prose import PROSE, SEGMENT
+from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
+from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig
+from infini_hf.assets import resolve
 from infini_hf.cli.main import app
 from infini_hf.data.needle_tasks import PasskeyTask
 from infini_hf.evaluation.needles.report import write_report
@@ -17,6 +23,7 @@ from infini_hf.evaluation.needles.runner import describe, run_needles
 from infini_hf.evaluation.needles.samples import Sample, SampleFile, merge
 from infini_hf.evaluation.needles.streams import Cell, Haystacks
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
+from infini_hf.lora import lora_config
 
 
 def test_a_file_of_another_evaluation_is_refused(prose_model, prose_tokenizer, prose_haystacks, tmp_path):
@@ -191,6 +198,25 @@ def test_the_command_writes_its_samples_and_prints_the_table(tmp_path):
     assert (tmp_path / "both.md").is_file()
     again = invoke(*arguments, "--lengths", "300", "--output", tmp_path / "p.jsonl", "--seed", "1")
     assert "seed 0 there and 1 here" in str(again.exception)
+
+
+def test_an_adapter_is_asked_as_the_merged_model_is(tmp_path):
+    base = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama"), InfiniConfig(64), dtype=torch.float32)
+    options = {"r": 2, "init_lora_weights": False, "target_modules": ["q_proj"]}
+    model = get_peft_model(open_gates(base), lora_config(base, **options))
+    model.save_pretrained(tmp_path / "adapter")
+    model.merge_and_unload().save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(resolve("tiny-llama")).save_pretrained(tmp_path / "merged")
+    options = ["--lengths", "300", "--depths", "0.5", "--samples", "1", "--device", "cpu", "--dtype", "float32"]
+    adapter = ["--adapter", tmp_path / "adapter"]
+    done = invoke("passkey", "tiny-llama", *adapter, *options, "--output", tmp_path / "p.jsonl")
+    assert done.exit_code == 0, done.output
+    before = (tmp_path / "p.jsonl").read_text()
+    # A file goes on with the same weights only, and has every sample.
+    assert invoke("passkey", tmp_path / "merged", *options, "--output", tmp_path / "p.jsonl").exit_code == 0
+    assert (tmp_path / "p.jsonl").read_text() == before
+    other = invoke("passkey", "tiny-llama", *adapter, *options, "--segment-length", "32")
+    assert "was trained with 64, and an adapter brings its own patch" in str(other.exception)
 
 
 def test_a_length_that_fits_the_window_is_said(tmp_path):

@@ -10,11 +10,13 @@ import time
 
 import pytest
 import torch
+from datasets import Dataset
 from models import random_ids
-from training import CARRY, OnStepEnd, assert_equal_tensors, make_trainer, tiny_model, weights_of
+from training import CARRY, OnStepEnd, assert_equal_tensors, make_trainer, tiny_model, tiny_rows, weights_of
 
 from infini_hf.calibration import calibrate_memory
 from infini_hf.checkpoints import RECORD, is_whole, resolve_checkpoint
+from infini_hf.data.lane_order import lane_stream
 
 MEMORY = {"fresh": False, "carry": True}
 STEPS = 9
@@ -138,6 +140,27 @@ def test_every_checkpoint_leads_to_the_same_end(checkpoints, uninterrupted, memo
     trainer = run_of(checkpoints(memory, step), MEMORY[memory])
     trainer.train(resume_from_checkpoint=True)
     assert_same_outcome(trainer, uninterrupted[memory][0])
+
+
+@pytest.mark.parametrize("carry", [False, True])
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_stream_goes_on_in_the_pass_where_it_was(step, carry, tmp_path):
+    """The stock trainer skips all steps in the first pass, finds it too short, and begins at the first row again.
+
+    Nine rows are five micro-batches and, in lanes, four: a pass ends in the middle of a step, or between two.
+    """
+
+    def stream():
+        rows = Dataset.from_list(tiny_rows()[:9]).to_iterable_dataset()
+        return lane_stream(rows, 2) if carry else rows.shuffle(seed=3, buffer_size=4)
+
+    options = {"train_sampling_strategy": "sequential", "save_steps": 1}
+    whole = run_of(tmp_path / "whole", carry, rows=stream(), **options)
+    whole.train()
+    shutil.copytree(tmp_path / "whole" / f"checkpoint-{step}", tmp_path / "half" / f"checkpoint-{step}")
+    resumed = run_of(tmp_path / "half", carry, rows=stream(), **options)
+    resumed.train(resume_from_checkpoint=True)
+    assert_same_outcome(resumed, outcome(whole))
 
 
 def test_the_whole_run_learned_and_shuffled(uninterrupted):

@@ -22,7 +22,7 @@ from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, InfiniTrainer, p
 from infini_hf.assets import resolve
 from infini_hf.callbacks import gate_values
 from infini_hf.cli import run_training
-from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line
+from infini_hf.cli.script_arguments import DocumentArguments, LoraArguments, ModelArguments, command_line
 from infini_hf.data.booksum import DEFAULT_PROMPT
 from infini_hf.data.documents import load_documents
 from infini_hf.data.packing import pack_documents
@@ -176,7 +176,7 @@ def test_the_results_are_those_of_the_model_that_was_saved(pretrained, data):
 def test_the_model_card_says_what_was_done_and_found(pretrained, data):
     output, results = pretrained
     card = (output / "final" / "README.md").read_text(encoding="utf-8")
-    assert card.startswith("---\nbase_model: tiny-llama\nlibrary_name: transformers\n")
+    assert card.startswith("---\nlibrary_name: transformers\n")
     assert "# pretrained" in card
     assert "all weights" in card
     assert f"- data: {data / 'novels' / 'train'}" in card
@@ -352,6 +352,68 @@ def test_a_run_without_a_step_is_not_published(data, tmp_path, monkeypatch):
     assert not (tmp_path / "final").exists()
 
 
+def test_a_stream_is_shuffled_anew_in_every_pass(data):
+    """Rows of a document stay together; what it is evaluated on keeps the order of the source."""
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+    novels = str(data / "novels" / "train")
+    options = {"eval_source": novels, "streaming": True, "segments_per_row": 2}
+    given = DocumentArguments(novels, **options, shuffle_buffer=0)
+    in_order = [row["input_ids"] for row in given.rows(tokenizer, 64)]
+    orders = []
+    for seed, epoch in ((0, 0), (0, 1), (0, 0), (1, 0), (2, 0)):
+        stream = DocumentArguments(novels, **options).rows(tokenizer, 64, seed=seed)
+        stream.set_epoch(epoch)
+        rows = list(stream)
+        assert sorted(row["input_ids"] for row in rows) == sorted(in_order)
+        assert all(b["part"] in (0, a["part"] + 1) for a, b in pairwise(rows))
+        orders.append([row["input_ids"] for row in rows])
+    assert orders[0] == orders[2]
+    assert len({str(order) for order in (*orders, in_order)}) > 2
+    assert orders[0] != orders[1] or orders[0] != orders[3]
+    whole = DocumentArguments(novels, eval_source=novels)
+    assert given.eval_rows(tokenizer, 64)[:] == whole.eval_rows(tokenizer, 64)[:]
+    with pytest.raises(ValueError, match="keeps none of its rows"):
+        DocumentArguments(novels, **options, where="text=nothing").eval_rows(tokenizer, 64)
+    with pytest.raises(ValueError, match="shuffle_buffer=-1: must be at least 0"):
+        DocumentArguments(novels, shuffle_buffer=-1)
+
+
+def test_adapters_can_be_pretrained(data, tmp_path):
+    results = pretrain(data, tmp_path, "--lora_r", 4, "--memory_gate_learning_rate", 0.1)
+    model = load_adapter(resolve("tiny-llama"), tmp_path / "final", dtype="float32")
+    assert all(gates.any() for gates in gate_values(model).values())
+    card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
+    assert 'model = load_adapter("tiny-llama", "FOLDER")' in card
+    assert results["with memory"]["loss"] != results["memory closed"]["loss"]
+
+
+def test_the_hub_gets_the_folder_with_its_card_when_all_is_written(data, tmp_path, monkeypatch):
+    """The trainer would have uploaded the output_dir, with a card of its own, before this one was written."""
+    pushed = []
+
+    def named(trainer):
+        trainer.hub_model_id = "someone/model"
+
+    def uploaded(repo_id, folder_path, **options):
+        pushed.append((repo_id, options["token"], sorted(path.name for path in Path(folder_path).iterdir())))
+
+    monkeypatch.setattr(InfiniTrainer, "init_hf_repo", lambda trainer, *args, **options: named(trainer))
+    monkeypatch.setattr(InfiniTrainer, "_push_from_checkpoint", lambda trainer, folder: None)
+    monkeypatch.setattr(InfiniTrainer, "push_to_hub", lambda *args, **options: pytest.fail("pushed by the trainer"))
+    monkeypatch.setattr(run_training, "upload_folder", uploaded)
+    options = ["--push_to_hub", "true", "--hub_token", "hf_secret"]
+    pretrain(data, tmp_path, *options)
+    ((name, token, files),) = pushed
+    assert (name, token) == ("someone/model", "hf_secret")
+    assert {"README.md", "model.safetensors", "results.json", "tokenizer.json", "training.json"} <= set(files)
+    card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
+    assert 'model = AutoInfiniModelForCausalLM.from_pretrained("someone/model")' in card
+    assert "base_model" not in card
+    # What could not be uploaded is with the same command.
+    pretrain(data, tmp_path, *options)
+    assert pushed[1] == pushed[0]
+
+
 # Summaries.
 
 
@@ -512,6 +574,18 @@ def perplexity(data, *options):
     source = data / "novels" / "validation"
     small = ["--first_edge", 64, "--ways", "memory", "closed", "full:window=300"]
     return run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", source, *small, *options)
+
+
+def test_perplexity_with_an_adapter_is_that_of_the_merged_model(adapted, data, tmp_path):
+    folder = adapted[0] / "final"
+    merged = load_adapter(resolve("tiny-llama"), folder, dtype="float32").merge_and_unload()
+    merged.save_pretrained(tmp_path / "merged")
+    AutoTokenizer.from_pretrained(resolve("tiny-llama")).save_pretrained(tmp_path / "merged")
+    expected = perplexity(data, "--model", tmp_path / "merged", "--dtype", "float32")
+    found = perplexity(data, "--model", "tiny-llama", "--adapter", folder, "--dtype", "float32", "--overlap", 32)
+    base = perplexity(data, "--model", "tiny-llama", "--dtype", "float32")
+    assert found["losses"] == expected["losses"] != base["losses"]
+    assert found["adapter"] == str(folder)
 
 
 def test_the_perplexity_table_holds_the_means_of_score(pretrained, data, tmp_path):

@@ -495,6 +495,22 @@ def test_arguments_that_exclude_each_other_are_refused(tmp_path, options, error,
 
 
 @pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"torch_compile": True}, "torch_compile=True: .* leave it out"),
+        ({"carry_memory": True, "enable_jit_checkpoint": True}, "enable_jit_checkpoint with carry_memory=True"),
+    ],
+)
+def test_what_was_not_tried_or_cannot_be_resumed_is_refused(tmp_path, options, message):
+    args = InfiniTrainingArguments(str(tmp_path), report_to=[], use_cpu=True)
+    # Set afterwards: the arguments leave their wish to compile in the environment of the process.
+    for name, value in options.items():
+        setattr(args, name, value)
+    with pytest.raises(NotImplementedError, match=message):
+        make_trainer(tmp_path, parts={"args": args})
+
+
+@pytest.mark.parametrize(
     ("parts", "error", "message"),
     [
         ({"compute_loss_func": lambda *_: 0.0}, NotImplementedError, "compute_loss_func .* use the stock Trainer"),

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
+from .adapters import load_adapted
 from .names import find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
@@ -18,8 +19,8 @@ DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by def
 THREADS = typer.Option(0, help="CPU threads; 0 leaves torch's choice.")
 
 
-def load(model, infini_config, dtype, device, threads):
-    """A patched model in evaluation mode and its tokenizer."""
+def load(model, infini_config, dtype, device, threads, adapter=None):
+    """A patched model in evaluation mode, with the folder of an adapter merged into it, and its tokenizer."""
     if threads:
         torch.set_num_threads(threads)
     # The commands have progress of their own.
@@ -31,7 +32,10 @@ def load(model, infini_config, dtype, device, threads):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {device}: is not to be had here ({error}); leave the option out") from error
     with loading(model):
-        loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
+        if adapter is None:
+            loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
+        else:
+            loaded = load_adapted(name, adapter, merge=True, dtype=dtype)
         return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
 
 

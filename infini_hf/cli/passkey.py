@@ -14,8 +14,9 @@ from ..evaluation.needles.runner import describe, run_needles
 from ..evaluation.needles.samples import SampleFile, merge
 from ..evaluation.needles.streams import HAYSTACKS, Cell, Haystacks
 from ..evaluation.needles.tables import CONTROLS
+from .adapters import adapter_patch
 from .common import DEVICE, DTYPE, MODEL, THREADS, load
-from .names import find_model
+from .names import find_adapter, find_model
 from .needle_options import parse_controls, parse_depths, parse_fillers, parse_lengths
 from .read import choose_patch
 from .report import echo_report
@@ -56,6 +57,7 @@ def passkey(
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise."),
     memory_update: str = typer.Option(None, help="linear or delta, likewise."),
     feature_map: str = typer.Option(None, help="elu, exp or softmax, likewise."),
+    adapter: str = typer.Option(None, help="LoRA adapter for the model, a folder or hub name; it has its own patch."),
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,
@@ -81,8 +83,10 @@ def passkey(
     cells = [Cell(kind, length, depth) for length in parse_lengths(lengths) for kind in kinds for depth in places]
     ways = parse_controls(controls)
     texts = read_texts(haystack) if haystack else ()
-    patch = patch_of(model, {name: value for name, value in asked.items() if value is not None})
-    language_model, tokenizer = load(model, patch, dtype, device, threads)
+    asked = {name: value for name, value in asked.items() if value is not None}
+    folder = None if adapter is None else find_adapter(adapter)
+    patch = patch_of(model, asked) if folder is None else adapter_patch(folder, asked)
+    language_model, tokenizer = load(model, patch, dtype, device, threads, folder)
     haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)
     file = SampleFile(output, describe(language_model, haystacks))
     for note in notes(cells, ways, patch.longest_window, full_attention_up_to, batch_size):
@@ -100,7 +104,7 @@ def passkey(
         chunk_size,
         full_attention_up_to,
     )
-    echo_report(file.samples, output, Path(model).name, file.about)
+    echo_report(file.samples, output, Path(adapter or model).name, file.about)
 
 
 def notes(cells, ways, window, full_attention_up_to, batch_size):

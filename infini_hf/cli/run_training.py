@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+from huggingface_hub import upload_folder
 from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
@@ -17,7 +18,8 @@ SUMMARY = "training.json"
 def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, command):
     """Train or resume, save into `OUTPUT_DIR/final`, evaluate with the closed memory as control, write the card.
 
-    A run that is complete already is neither saved nor described again: its card tells how it was trained.
+    With `push_to_hub` that folder is uploaded as it then is. A run that is complete already is neither saved nor
+    described again: its card tells how it was trained.
 
     Args:
         args ([`infini_hf.InfiniTrainingArguments`]): the arguments of the run.
@@ -56,7 +58,8 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
             return keep_results(trainer, final, steps, trainer.state.max_steps)
         if trainer.is_world_process_zero():
             (final / SUMMARY).unlink(missing_ok=True)
-        trainer.save_model(str(final))
+        # The trainer would upload the whole output_dir here, without card and results.
+        trainer.save_model(str(final), _internal_call=True)
         results = evaluate_with_control(trainer)
         card = write_model_card(trainer, final, base, data, command, results, steps_before=before)
     except KeyboardInterrupt:
@@ -66,7 +69,22 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     if trainer.is_world_process_zero():
         (final / SUMMARY).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
     say(trainer, *report_lines(summary, trainer.state.max_steps, results, final, card))
+    publish(trainer, final)
     return results
+
+
+def publish(trainer, final):
+    """Upload a folder as the model that a run's repository of the hub shows, where the run is to be pushed."""
+    if not trainer.args.push_to_hub:
+        return
+    # Pushes of checkpoints go on in the background.
+    trainer._finish_current_push()
+    if trainer.is_world_process_zero():
+        options = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
+        upload_folder(
+            repo_id=trainer.hub_model_id, folder_path=final, commit_message="Trained, with its card", **options
+        )
+        say(trainer, f"hub         {trainer.hub_model_id}")
 
 
 def say(trainer, *lines):
@@ -95,6 +113,7 @@ def keep_results(trainer, final, steps, asked):
         f"already complete: {steps:,} of {asked:,} steps in {trainer.args.output_dir}; give another output_dir, or "
         f"more max_steps. Nothing was trained or written; {final / CARD} says how it was trained",
     )
+    publish(trainer, final)
     return json.loads((final / RESULTS).read_text(encoding="utf-8"))
 
 

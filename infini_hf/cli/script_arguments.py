@@ -11,9 +11,10 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
-from ..data.documents import load_documents
+from ..data.documents import check_count, load_documents
 from ..data.lane_order import lane_stream
 from ..data.packing import pack_documents
+from .adapters import adapter_patch, load_adapted
 from .names import find_adapter, find_model, find_source, loading
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
@@ -83,25 +84,6 @@ class ModelArguments:
             )
         return InfiniConfig(**asked)
 
-    def check_adapter(self, folder):
-        """Hold what is asked of the patch to that of an adapter, which brings its own.
-
-        Args:
-            folder (`str`): the adapter's folder, or its name on the hub.
-
-        Raises:
-            ValueError: names an option that the adapter was not trained with.
-        """
-        from ..lora import read_config
-
-        brought = InfiniConfig.from_dict(read_config(folder, {}).infini_attention)
-        for name, value in self.asked().items():
-            if value != getattr(brought, name):
-                raise ValueError(
-                    f"{name}={value!r}: {folder!r} was trained with {getattr(brought, name)!r}, and an adapter brings "
-                    f"its own patch; leave {name} out"
-                )
-
     def check(self):
         """Refuse what can be refused before anything is read, and return what `from_pretrained` takes for the model.
 
@@ -126,8 +108,14 @@ class ModelArguments:
             values = getattr(AutoConfig.from_pretrained(name), "infini_attention", None)
         return None if values is None else InfiniConfig.from_dict(values)
 
-    def load(self, adapter=None, **options):
-        """The patched model, with an adapter if one is named, and its tokenizer; an adapter brings its own patch."""
+    def load(self, adapter=None, merge=False, **options):
+        """The patched model, with an adapter if one is named, and its tokenizer.
+
+        Args:
+            adapter (`str`, *optional*): its folder, or its name on the hub; it brings its own patch.
+            merge (`bool`, *optional*, defaults to `False`): work the adapter into the weights.
+            options: what `from_pretrained` takes.
+        """
         name = self.check()
         if self.threads:
             torch.set_num_threads(self.threads)
@@ -138,15 +126,13 @@ class ModelArguments:
         options["dtype"] = self.dtype
         folder = None if adapter is None else find_adapter(adapter)
         if folder is not None:
-            self.check_adapter(folder)
+            adapter_patch(folder, self.asked())
         with loading(self.model if adapter is None else f"{self.model} with {adapter}"):
             if folder is None:
                 patch = self.infini_config(self.stored(name))
                 model = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=patch, **options)
             else:
-                from ..lora import load_adapter
-
-                model = load_adapter(name, folder, **options)
+                model = load_adapted(name, folder, merge, **options)
             return model, AutoTokenizer.from_pretrained(name)
 
 
@@ -223,11 +209,21 @@ class DocumentArguments:
     text_column: str = field(default="text", metadata={"help": "column that holds the documents"})
     where: str | None = field(default=None, metadata={"help": "keep rows by column=value or column~part of the value"})
     streaming: bool = field(default=False, metadata={"help": "read while training; needs max_steps"})
+    shuffle_buffer: int = field(
+        default=64,
+        metadata={
+            "help": "documents held to shuffle a stream with: anew in every pass, joined or in lanes alike in all; 0 "
+            "keeps the order of the source"
+        },
+    )
     limit: int | None = field(default=None, metadata={"help": "documents to train on, the first ones"})
     eval_limit: int | None = field(default=None, metadata={"help": "documents to evaluate on"})
     segments_per_row: int = field(default=4, metadata={"help": "segments in a training row"})
     eval_segments_per_row: int = field(default=64, metadata={"help": "segments in an evaluation row: streamed"})
     join: bool = field(default=False, metadata={"help": "let rows run over the ends of (short) documents"})
+
+    def __post_init__(self):
+        check_count("shuffle_buffer", self.shuffle_buffer, 0)
 
     def check_sources(self):
         """Look for local sources, before a model is loaded for them."""
@@ -235,8 +231,14 @@ class DocumentArguments:
         if self.eval_source is not None:
             find_source(self.eval_source, "eval_source")
 
-    def rows(self, tokenizer, segment_length, lanes=None):
+    def rows(self, tokenizer, segment_length, lanes=None, seed=0):
         """The training rows; in lane order where a stream carries its memory on.
+
+        Args:
+            tokenizer (`PreTrainedTokenizerBase`): the tokenizer of the model.
+            segment_length (`int`): tokens in a segment.
+            lanes (`int`, *optional*): rows of a micro-batch of all processes, where the memory is carried on.
+            seed (`int`, *optional*, defaults to `0`): a stream is shuffled by it; a table is shuffled in training.
 
         Raises:
             ValueError: when there are fewer documents than `lanes`, as where a stream joins them all.
@@ -261,6 +263,8 @@ class DocumentArguments:
                 f"a folder: .txt files), or --per_device_train_batch_size {max(1, len(documents))}, or --carry_memory "
                 "false"
             )
+        if self.streaming and self.shuffle_buffer:
+            documents = documents.shuffle(seed=seed, buffer_size=self.shuffle_buffer)
         rows = pack_documents(documents, tokenizer, segment_length, self.segments_per_row, join=self.join)
         return lane_stream(rows, lanes) if self.streaming and lanes else rows
 
@@ -272,8 +276,15 @@ class DocumentArguments:
             find_source(self.eval_source, "eval_source"),
             self.eval_split or held_out_split(self.eval_source),
             self.text_column,
-            streaming=False,
+            # Where training reads a source on and on, its few texts to evaluate on must not bring down all of it.
+            streaming=self.streaming,
             where=self.where,
             limit=self.eval_limit,
         )
+        if self.streaming:
+            from datasets import Dataset
+
+            documents = Dataset.from_list(list(documents))
+            if not len(documents):
+                raise ValueError(f"eval_source={self.eval_source!r}: where={self.where!r} keeps none of its rows")
         return pack_documents(documents, tokenizer, segment_length, self.eval_segments_per_row)

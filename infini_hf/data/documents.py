@@ -139,7 +139,8 @@ def text_files(path, split):
     files = sorted(path.glob("*.txt")) if path.is_dir() else [path] * (path.suffix == ".txt")
     if files and split != "train":
         raise ValueError(
-            f"split={split!r}: the text of {str(path)!r} is all 'train'; name the file or folder of the other split"
+            f"split={split!r}: the text of {str(path)!r} is all 'train'; name the file or folder of the other "
+            "split, or leave the split out"
         )
     return files or sorted((path / split).glob("*.txt"))
 

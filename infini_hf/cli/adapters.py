@@ -1,0 +1,42 @@
+"""A LoRA adapter beside the model of a command: it brings its own patch."""
+
+from ..config import InfiniConfig
+
+
+def adapter_patch(folder, asked):
+    """The patch of an adapter, held to what is asked for.
+
+    Args:
+        folder (`str`): what `find_adapter` returns.
+        asked (`dict`): values of [`InfiniConfig`], by name.
+
+    Returns:
+        [`InfiniConfig`]
+
+    Raises:
+        ValueError: when there is no adapter with a patch, or names an option that it was not trained with.
+    """
+    from ..lora import read_config
+
+    patch = InfiniConfig.from_dict(read_config(folder, {}).infini_attention)
+    for name, value in asked.items():
+        if value != getattr(patch, name):
+            raise ValueError(
+                f"{name}={value!r}: {folder!r} was trained with {getattr(patch, name)!r}, and an adapter brings its "
+                f"own patch; leave {name} out"
+            )
+    return patch
+
+
+def load_adapted(name, folder, merge=False, **options):
+    """A base with an adapter, or, merged, the patched model that the two make.
+
+    Args:
+        name, folder (`str`): what `find_model` and `find_adapter` return.
+        merge (`bool`, *optional*, defaults to `False`): work the adapter into the weights.
+        options: how the base is loaded.
+    """
+    from ..lora import load_adapter
+
+    model = load_adapter(name, folder, **options)
+    return model.merge_and_unload() if merge else model

@@ -1,0 +1,73 @@
+"""Which weights an adapter was trained on: a few of them, kept beside it, tell another base from its own."""
+
+import logging
+
+import torch
+from accelerate.utils import align_module_device
+
+from .auto import GATE
+
+logger = logging.getLogger(__name__)
+
+GATE_MODULE = f"{GATE.split('.')[0]}."
+# Values of a tensor that are kept.
+VALUES = 4
+# What rounding to bfloat16 or float16 may change in a value, and the share of the values that may differ by more.
+ROUNDING, TINY, MOST_APART = 2.0**-7, 1e-6, 0.1
+
+
+def sample_base(model):
+    """A few values of the weights of a base, of one layer and of what is not in layers.
+
+    Args:
+        model (`PreTrainedModel`): a patched model, not wrapped by PEFT yet.
+
+    Returns:
+        `dict[str, list[float]]`: by the names of the decoder's parameters, to four digits. Gates are left out, for an
+        adapter brings its own, and so is what is quantised or sharded.
+    """
+    decoder = model.get_decoder()
+    middle = f"layers.{len(decoder.layers) // 2}."
+    found = {}
+    for path, module in decoder.named_modules():
+        if path.startswith("layers.") and not path.startswith(middle):
+            continue
+        with align_module_device(module):
+            for name, weight in module.named_parameters(recurse=False):
+                place = f"{path}.{name}".removeprefix(".")
+                if GATE_MODULE not in place and is_plain(weight):
+                    found[place] = values_of(weight.detach())
+    return found
+
+
+def is_plain(weight):
+    """Whether a parameter holds its own numbers, all of them."""
+    plain = type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.is_floating_point()
+    return plain and weight.numel() > 0 and not weight.is_meta
+
+
+def values_of(weight):
+    flat = weight.flatten()
+    index = torch.linspace(0, len(flat) - 1, VALUES, dtype=torch.float64).long()
+    return [float(f"{value:.4g}") for value in flat[index.to(flat.device)].float().tolist()]
+
+
+def warn_of_base(model, sample, directory):
+    """Say so where a base has other weights than the one that an adapter was trained on.
+
+    Args:
+        model (`PreTrainedModel`): the patched base, before the adapter is on it.
+        sample (`dict[str, list[float]]`, *optional*): as [`sample_base`] made it of the other; `None` says nothing.
+        directory (`str`): the folder of the adapter.
+    """
+    own = sample_base(model)
+    pairs = [pair for name in own.keys() & (sample or {}).keys() for pair in zip(own[name], sample[name], strict=True)]
+    apart = [a for a, b in pairs if abs(a - b) > TINY + ROUNDING * max(abs(a), abs(b))]
+    if len(apart) > MOST_APART * len(pairs):
+        logger.warning(
+            "%s: the adapter was trained on other weights than those of this base (%d of %d values that were compared "
+            "differ): pass the base that it was trained on",
+            directory,
+            len(apart),
+            len(pairs),
+        )
