@@ -88,6 +88,7 @@ def describe(trainer):
         # What auto_find_batch_size has made of the value in the arguments.
         "lanes": trainer._train_batch_size,
         "processes": args.world_size,
+        "micro-batches a step": args.gradient_accumulation_steps,
         "row groups": args.row_groups,
         "dilution": trainer.dilution.state(),
         "place": trainer.place(),
@@ -154,11 +155,14 @@ def check_resume(folder, trainer):
         "lanes": "per_device_train_batch_size",
         "processes": "number of processes",
         "row groups": "sequence_parallel_size",
+        "micro-batches a step": "gradient_accumulation_steps",
     }
+    # What an earlier version did not note.
+    missing = {"row groups": theirs["processes"], "micro-batches a step": ours["micro-batches a step"]}
     for name, option in options.items():
         # A run that finds its batch size takes that of the checkpoint.
         found = name == "lanes" and trainer.args.auto_find_batch_size
-        if ours["carry_memory"] and not found and theirs.get(name, theirs["processes"]) != ours[name]:
+        if ours["carry_memory"] and not found and theirs.get(name, missing.get(name)) != ours[name]:
             raise ValueError(
                 f"{folder}: carries the memory of {theirs[name]} {name}, and this run has {ours[name]}: resume "
                 f"with the same {option}"

@@ -12,6 +12,8 @@ logger = logging.getLogger(__name__)
 GATE_MODULE = f"{GATE.split('.')[0]}."
 # Values of a tensor that are kept.
 VALUES = 4
+# Other kinds of numbers are codes that a scale belongs to.
+PLAIN = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 # What rounding to bfloat16 or float16 may change in a value, and the share of the values that may differ by more.
 ROUNDING, TINY, MOST_APART = 2.0**-7, 1e-6, 0.1
 
@@ -42,7 +44,7 @@ def sample_base(model):
 
 def is_plain(weight):
     """Whether a parameter holds its own numbers, all of them."""
-    plain = type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.is_floating_point()
+    plain = type(weight) in (torch.nn.Parameter, torch.Tensor) and weight.dtype in PLAIN
     return plain and weight.numel() > 0 and not weight.is_meta
 
 

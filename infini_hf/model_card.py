@@ -6,13 +6,18 @@ from pathlib import Path
 
 from huggingface_hub import ModelCard
 from transformers import TrainingArguments
+from yaml import YAMLError
 
+from .assets import shipped
 from .cache import infini_config_of
 from .callbacks import gate_values
+from .data.documents import HUB_NAME
 from .evaluation.controls import closed_memory
 from .streaming import require_patched
 from .version import __version__
 
+# What a card calls a model that has no name on the hub.
+FOLDER = "FOLDER"
 CARD, RESULTS = "README.md", "results.json"
 
 # Options that say nothing about a run, or that every run gets from the machine or from the others.
@@ -108,23 +113,29 @@ def hub_base(base):
 
     The hub takes no card whose `base_model` is a folder, nor what is uploaded beside it.
     """
-    card = Path(base) / CARD
+    card = Path(base).expanduser() / CARD
     if card.is_file():
-        named = ModelCard.load(card, ignore_metadata_errors=True).data.base_model
-        return named if isinstance(named, str) else None
-    return base if not Path(base).exists() and base.count("/") == 1 else None
+        try:
+            base = ModelCard.load(card).data.base_model
+        except (ValueError, YAMLError):
+            return None
+    named = isinstance(base, str) and HUB_NAME.fullmatch(base) is not None
+    return base if named and not Path(base).exists() else None
 
 
 def use_lines(base, name):
     """How to load the model with its memory: an adapter on its `base`; `name` is its own on the hub, if it has one."""
-    name = repr(name or "FOLDER").replace("'", '"')
+    name = repr(name or FOLDER).replace("'", '"')
+    lines = ["## Use", "", "```python"]
     if base is None:
-        source, call = "infini_hf", f"AutoInfiniModelForCausalLM.from_pretrained({name})"
-    else:
-        source, call = "infini_hf.lora", f'load_adapter("{base}", {name})'
-    stock = "`AutoModelForCausalLM` loads the weights without the gates, and no memory."
-    lines = ["## Use", "", "```python", f"from {source} import {call.split('.')[0].split('(')[0]}", ""]
-    return [*lines, f"model = {call}", "```", *(["", stock] if base is None else [])]
+        lines += ["from infini_hf import AutoInfiniModelForCausalLM", ""]
+        lines += [f"model = AutoInfiniModelForCausalLM.from_pretrained({name})", "```", ""]
+        return [*lines, "`AutoModelForCausalLM` loads the weights without the gates, and no memory."]
+    # A checkpoint of this package has a name that the hub does not know.
+    is_ours = base in shipped()
+    lines += ["from infini_hf.assets import resolve"] * is_ours
+    source = f'resolve("{base}")' if is_ours else f'"{base}"'
+    return [*lines, "from infini_hf.lora import load_adapter", "", f"model = load_adapter({source}, {name})", "```"]
 
 
 def changed_options(args):

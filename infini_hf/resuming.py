@@ -36,7 +36,11 @@ class ResumableTrainer(Trainer):
         if place is None or has_length(self.train_dataset):
             return epoch, batches
         # The stock trainer takes a stream to have no end, and would look for its place in the first pass.
-        return place["epoch"], 0 if self.args.ignore_data_skip else place["batches"]
+        if self.args.ignore_data_skip:
+            return place["epoch"], 0
+        # Whole steps, whose micro-batches may be others than they were.
+        steps = place["rows"] // (self._rows_at_once() * self.args.gradient_accumulation_steps)
+        return place["epoch"], steps * self.args.gradient_accumulation_steps
 
     def _run_epoch(self, *args, epoch, epochs_trained=0, steps_trained_in_current_epoch=0, **kwargs):
         # A finished run that is resumed: the stock loop would take one step more before it counts them.
@@ -49,10 +53,15 @@ class ResumableTrainer(Trainer):
         super()._run_epoch(*args, epoch=epoch, **kwargs)
 
     def place(self):
-        """How often the data was read before, and the micro-batches of it read since: where a stream goes on."""
+        """How often the data was read before, and the rows of it read since: where a stream goes on."""
         epoch, step, skipped = self.epoch_start
         steps = self.state.global_step - step
-        return {"epoch": epoch, "batches": skipped + steps * self.args.gradient_accumulation_steps}
+        batches = skipped + steps * self.args.gradient_accumulation_steps
+        return {"epoch": epoch, "rows": batches * self._rows_at_once()}
+
+    def _rows_at_once(self):
+        """Rows of a micro-batch of all processes."""
+        return self._train_batch_size * self.args.row_groups
 
     def begin_run(self, model):
         """Begin with empty lanes and no dilution, or with those of the checkpoint that is resumed."""

@@ -11,6 +11,7 @@ from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet
 from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
+from .data.whole_stream import whole_stream
 from .dilution import MemoryDilution
 from .distillation import Distillation
 from .lanes import Lanes
@@ -153,6 +154,9 @@ class InfiniTrainer(ResumableTrainer):
     def get_train_dataloader(self):
         with nullcontext() if self.shared_rows is None else self.shared_rows.dealing():
             return super().get_train_dataloader()
+
+    def _get_dataloader(self, dataset, *args, **kwargs):
+        return super()._get_dataloader(whole_stream(dataset, self.args.world_size), *args, **kwargs)
 
     def get_cp_size(self):
         # By what the stock trainer knows of processes that share rows, it counts tokens and rows.

@@ -1,5 +1,6 @@
 """What `InfiniTrainer` refuses before it begins, each by name and with a way out."""
 
+from accelerate.utils import DynamoBackend
 from transformers.trainer_utils import has_length
 
 from .cache import infini_config_of
@@ -54,6 +55,18 @@ def refuse_options(trainer):
             "torch_compile=True: a step reads segment after segment into a cache that it branches, and compiled "
             "training was not tried; leave it out"
         )
+    plugin = trainer.accelerator.state.dynamo_plugin
+    if plugin.backend != DynamoBackend.NO:
+        raise NotImplementedError(
+            f"dynamo_backend={plugin.backend.value!r} of accelerate: compiled training was not tried; set it to no"
+        )
+    in_stream = data is not None and not has_length(data)
+    if args.carry_memory and in_stream and args.save_strategy == "epoch" and args.gradient_accumulation_steps > 1:
+        raise ValueError(
+            "save_strategy='epoch' with carry_memory=True, a stream and gradient_accumulation_steps="
+            f"{args.gradient_accumulation_steps}: a pass may end inside a step, whose rows a resumed run would read "
+            "again into lanes that hold them; set save_strategy='steps'"
+        )
     if args.carry_memory and getattr(args, "enable_jit_checkpoint", False):
         raise NotImplementedError(
             "enable_jit_checkpoint with carry_memory=True: it saves between a backward pass and its step, when the "
@@ -70,7 +83,7 @@ def refuse_options(trainer):
             f"retrieval_weight={args.retrieval_weight} with memory_update={rule!r}: what a memory returns is a mean "
             "of the values written under the linear rule alone; patch with memory_update='linear', or leave it at 0"
         )
-    in_order = args.train_sampling_strategy == "sequential" or (data is not None and not has_length(data))
+    in_order = args.train_sampling_strategy == "sequential" or in_stream
     if args.carry_memory and args.auto_find_batch_size and in_order:
         raise ValueError(
             "auto_find_batch_size with carry_memory=True and rows in an order of their own: that order is made for "

@@ -1,5 +1,6 @@
 """`InfiniTrainingArguments`: the stock arguments, and how a step goes through the memory."""
 
+import copy
 import math
 from dataclasses import dataclass, field
 
@@ -191,6 +192,15 @@ class InfiniTrainingArguments(TrainingArguments):
                 "activation_checkpointing (gradient_checkpointing) drops the memory between the layers of a segment: "
                 "leave it off, InfiniTrainer recomputes whole segments (recompute_segments=True)"
             )
+
+    def __getstate__(self):
+        # The trainer pickles its arguments beside every checkpoint, and uploads them with the model.
+        return {**vars(self), "hub_token": None}
+
+    def __deepcopy__(self, memo):
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        vars(copied).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items()})
+        return copied
 
     @property
     def row_groups(self):

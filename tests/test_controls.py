@@ -268,11 +268,14 @@ def test_the_card_names_no_folder_as_its_base(tmp_path):
     """The hub refuses such a card, and all that is uploaded with it."""
     trainer = make_trainer(tmp_path / "run")
     trainer.train()
-    known, unknown = tmp_path / "known", tmp_path / "unknown"
-    for folder in (known, unknown):
+    bases = {"tiny-llama": None, "other/base": "other/base", "~/models": None, str(tmp_path / "run"): None}
+    heads = {"some/base": "some/base", "runs/final": "runs/final", "/home/me/x": None, "tiny-llama": None, "[": None}
+    for number, (head, named) in enumerate(heads.items()):
+        folder = tmp_path / str(number)
         folder.mkdir()
-    (known / "README.md").write_text("---\nbase_model: some/base\n---\n# known\n", encoding="utf-8")
-    for base, named in ((known, "some/base"), (unknown, None), ("tiny-llama", None), ("other/base", "other/base")):
+        (folder / "README.md").write_text(f"---\nbase_model: {head}\n---\n# card\n", encoding="utf-8")
+        bases[str(folder)] = named
+    for base, named in bases.items():
         text = write_model_card(trainer, tmp_path, str(base), "rows", "command", {}).read_text(encoding="utf-8")
         assert ModelCard(text).data.base_model == named
         assert 'AutoInfiniModelForCausalLM.from_pretrained("FOLDER")' in text

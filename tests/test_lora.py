@@ -18,12 +18,14 @@ from infini_hf import (
     InfiniConfig,
     generate,
     is_patched,
+    patch_model,
     prefill,
     score,
     unpatch_model,
 )
 from infini_hf.gate import MemoryGate
 from infini_hf.lora import InfiniLoraConfig, load_adapter, lora_config
+from infini_hf.lora_base import sample_base
 from infini_hf.trainer import InfiniTrainer
 from infini_hf.training_args import InfiniTrainingArguments
 
@@ -352,6 +354,17 @@ def test_other_weights_than_those_that_it_was_trained_on_are_warned_of(other, tm
 def test_the_own_base_in_any_dtype_is_not_warned_of(dtype, tmp_path, folder, caplog):
     load_adapter(plain_base(tmp_path), folder, dtype=dtype)
     assert caplog.messages == []
+
+
+def test_codes_of_a_quantized_base_are_no_weights(folder, caplog):
+    """FP8 layers keep theirs in parameters like any other."""
+    base = patch_model(build(seed=1), InfiniConfig(**PATCH))
+    assert sample_base(base)
+    for name, weight in list(base.get_decoder().named_parameters()):
+        module = base.get_decoder().get_submodule(name.rpartition(".")[0])
+        codes = torch.nn.Parameter(weight.detach().to(torch.float8_e4m3fn), requires_grad=False)
+        setattr(module, name.rpartition(".")[2], codes)
+    assert sample_base(base) == {}
 
 
 def test_an_adapter_of_an_earlier_version_says_nothing_of_its_base(folder, caplog):

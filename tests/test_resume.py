@@ -163,6 +163,44 @@ def test_a_stream_goes_on_in_the_pass_where_it_was(step, carry, tmp_path):
     assert_same_outcome(resumed, outcome(whole))
 
 
+def stream_run(folder, size, accumulation, **options):
+    rows = Dataset.from_list(tiny_rows(documents=12)).to_iterable_dataset()
+    sizes = {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation}
+    options = {"rows": rows, "train_sampling_strategy": "sequential", "max_steps": 6, **sizes, **options}
+    return run_of(folder, False, save_steps=1, lr_scheduler_type="constant", **options)
+
+
+@pytest.mark.parametrize(("size", "accumulation"), [(2, 2), (1, 4), (4, 1)])
+def test_a_stream_goes_on_at_its_row_in_batches_of_another_size(size, accumulation, tmp_path):
+    """Four rows a step in every way; the count of micro-batches would be another place."""
+    stream_run(tmp_path, 2, 2, max_steps=3).train()
+    resumed, firsts = stream_run(tmp_path, size, accumulation), []
+    step = resumed.training_step
+
+    def noting(model, inputs, *args):
+        firsts.extend(inputs["input_ids"][:, 0].tolist())
+        return step(model, inputs, *args)
+
+    resumed.training_step = noting
+    resumed.train(resume_from_checkpoint=True)
+    assert firsts == [row["input_ids"][0] for row in tiny_rows(documents=12)[12:24]]
+
+
+def test_lanes_are_not_resumed_with_other_accumulation(checkpoints):
+    with pytest.raises(
+        ValueError, match=r"of 2 micro-batches a step, and this run has 1: .* gradient_accumulation_steps"
+    ):
+        run_of(checkpoints("carry", 4), True, gradient_accumulation_steps=1).train(resume_from_checkpoint=True)
+
+
+def test_a_pass_may_not_end_a_checkpoint_inside_a_step(tmp_path):
+    rows = lane_stream(Dataset.from_list(tiny_rows()).to_iterable_dataset(), 2)
+    with pytest.raises(
+        ValueError, match=r"save_strategy='epoch' with carry_memory=True, a stream and .*=2: a pass may"
+    ):
+        run_of(tmp_path, True, rows=rows, save_strategy="epoch")
+
+
 def test_the_whole_run_learned_and_shuffled(uninterrupted):
     """What makes the comparisons above mean something."""
     fresh, carry = (uninterrupted[name][0] for name in MEMORY)

@@ -352,6 +352,9 @@ def test_a_run_without_a_step_is_not_published(data, tmp_path, monkeypatch):
     assert not (tmp_path / "final").exists()
 
 
+EPOCHS, SEEDS = [(0, epoch) for epoch in range(6)], [(seed, 0) for seed in range(6)]
+
+
 def test_a_stream_is_shuffled_anew_in_every_pass(data):
     """Rows of a document stay together; what it is evaluated on keeps the order of the source."""
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
@@ -359,19 +362,25 @@ def test_a_stream_is_shuffled_anew_in_every_pass(data):
     options = {"eval_source": novels, "streaming": True, "segments_per_row": 2}
     given = DocumentArguments(novels, **options, shuffle_buffer=0)
     in_order = [row["input_ids"] for row in given.rows(tokenizer, 64)]
-    orders = []
-    for seed, epoch in ((0, 0), (0, 1), (0, 0), (1, 0), (2, 0)):
+    orders = {}
+    for seed, epoch in {*EPOCHS, *SEEDS}:
         stream = DocumentArguments(novels, **options).rows(tokenizer, 64, seed=seed)
         stream.set_epoch(epoch)
         rows = list(stream)
         assert sorted(row["input_ids"] for row in rows) == sorted(in_order)
         assert all(b["part"] in (0, a["part"] + 1) for a, b in pairwise(rows))
-        orders.append([row["input_ids"] for row in rows])
-    assert orders[0] == orders[2]
-    assert len({str(order) for order in (*orders, in_order)}) > 2
-    assert orders[0] != orders[1] or orders[0] != orders[3]
+        orders[seed, epoch] = [row["input_ids"] for row in rows]
+    epochs, seeds = ([str(orders[place]) for place in places] for places in (EPOCHS, SEEDS))
+    assert len(set(epochs)) > 1
+    assert len(set(seeds)) > 1
+    again = DocumentArguments(novels, **options).rows(tokenizer, 64, seed=0)
+    again.set_epoch(3)
+    assert [row["input_ids"] for row in again] == orders[0, 3]
     whole = DocumentArguments(novels, eval_source=novels)
-    assert given.eval_rows(tokenizer, 64)[:] == whole.eval_rows(tokenizer, 64)[:]
+    evaluated = given.eval_rows(tokenizer, 64)
+    assert evaluated[:] == whole.eval_rows(tokenizer, 64)[:]
+    # Not in memory: books may be many.
+    assert evaluated.cache_files
     with pytest.raises(ValueError, match="keeps none of its rows"):
         DocumentArguments(novels, **options, where="text=nothing").eval_rows(tokenizer, 64)
     with pytest.raises(ValueError, match="shuffle_buffer=-1: must be at least 0"):
@@ -383,7 +392,11 @@ def test_adapters_can_be_pretrained(data, tmp_path):
     model = load_adapter(resolve("tiny-llama"), tmp_path / "final", dtype="float32")
     assert all(gates.any() for gates in gate_values(model).values())
     card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
-    assert 'model = load_adapter("tiny-llama", "FOLDER")' in card
+    block = card.split("```python\n")[1].split("```")[0].replace("FOLDER", str(tmp_path / "final"))
+    exec(block, found := {})
+    assert_equal_tensors(
+        weights_of(found["model"]), weights_of(load_adapter(resolve("tiny-llama"), tmp_path / "final"))
+    )
     assert results["with memory"]["loss"] != results["memory closed"]["loss"]
 
 
@@ -406,12 +419,16 @@ def test_the_hub_gets_the_folder_with_its_card_when_all_is_written(data, tmp_pat
     ((name, token, files),) = pushed
     assert (name, token) == ("someone/model", "hf_secret")
     assert {"README.md", "model.safetensors", "results.json", "tokenizer.json", "training.json"} <= set(files)
-    card = (tmp_path / "final" / "README.md").read_text(encoding="utf-8")
-    assert 'model = AutoInfiniModelForCausalLM.from_pretrained("someone/model")' in card
-    assert "base_model" not in card
-    # What could not be uploaded is with the same command.
+    card = tmp_path / "final" / "README.md"
+    said = card.read_text(encoding="utf-8")
+    assert 'model = AutoInfiniModelForCausalLM.from_pretrained("someone/model")' in said
+    assert "base_model" not in said
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    # What could not be uploaded is with the same command; the card of a run without a name gets one.
+    card.write_text(said.replace("someone/model", "FOLDER"), encoding="utf-8")
     pretrain(data, tmp_path, *options)
     assert pushed[1] == pushed[0]
+    assert card.read_text(encoding="utf-8") == said
 
 
 # Summaries.
@@ -455,6 +472,9 @@ def test_a_patch_that_an_adapter_was_not_trained_under_is_refused(adapted, data,
     with pytest.raises(ValueError, match=r"^overlap=7: '.*final' was trained with 32, and an adapter brings its own"):
         summarize(data, tmp_path / "said.jsonl", "--adapter", folder, "--overlap", 7)
     assert not (tmp_path / "said.jsonl").exists()
+    # What it was trained with may be said, and is no first patch of the base.
+    model, _ = ModelArguments("tiny-llama", overlap=32).load(folder)
+    assert InfiniConfig.from_dict(model.config.infini_attention) == PATCH
 
 
 def test_the_adapter_and_the_memory_matter_to_a_summary(adapted, data, tmp_path, monkeypatch):

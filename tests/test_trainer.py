@@ -1,5 +1,6 @@
 """`InfiniTrainer` trains what the stock trainer trains, keeps what it can do, and says what it cannot."""
 
+import copy
 import dataclasses
 import json
 import logging
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from datasets import Dataset
 from models import FAMILIES, build, gate_parameters, random_ids
 from peft import LoraConfig, get_peft_model
@@ -30,6 +32,7 @@ from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, defa
 from infini_hf import InfiniTrainingArguments, score
 from infini_hf.callbacks import MemoryGateCallback, gate_values
 from infini_hf.data.collator import InfiniCollator
+from infini_hf.trainer_checks import refuse_what_cannot_work
 
 # Gradients as the optimizer would see them without clipping.
 ONE_STEP = {"max_steps": 1, "max_grad_norm": 0.0}
@@ -508,6 +511,22 @@ def test_what_was_not_tried_or_cannot_be_resumed_is_refused(tmp_path, options, m
         setattr(args, name, value)
     with pytest.raises(NotImplementedError, match=message):
         make_trainer(tmp_path, parts={"args": args})
+
+
+def test_a_launcher_that_compiles_is_refused(tmp_path, monkeypatch):
+    trainer = make_trainer(tmp_path)
+    monkeypatch.setattr(trainer.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))
+    with pytest.raises(NotImplementedError, match=r"dynamo_backend='EAGER' of accelerate: .* set it to no"):
+        refuse_what_cannot_work(trainer)
+
+
+def test_arguments_are_stored_without_the_token_of_the_hub(tmp_path):
+    args = InfiniTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, hub_token="hf_secret")
+    assert copy.deepcopy(args).hub_token == args.hub_token == "hf_secret"
+    torch.save(args, tmp_path / "training_args.bin")
+    assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
+    again = torch.load(tmp_path / "training_args.bin", weights_only=False)
+    assert again.to_dict() == dataclasses.replace(args, hub_token=None).to_dict()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from transformers import TrainerState
 from transformers.trainer import TRAINER_STATE_NAME
 
 from ..checkpoints import last_whole_checkpoint, resolve_checkpoint
-from ..model_card import CARD, RESULTS, evaluate_with_control, write_model_card
+from ..model_card import CARD, FOLDER, RESULTS, evaluate_with_control, write_model_card
 from ..trainer import InfiniTrainer
 
 # Written last: what it says of a folder holds.
@@ -80,6 +80,9 @@ def publish(trainer, final):
     # Pushes of checkpoints go on in the background.
     trainer._finish_current_push()
     if trainer.is_world_process_zero():
+        # A run that was not to be pushed at first did not know the name.
+        card, name = final / CARD, f'"{trainer.hub_model_id}"'
+        card.write_text(card.read_text(encoding="utf-8").replace(f'"{FOLDER}"', name), encoding="utf-8")
         options = {"token": trainer.args.hub_token, "revision": trainer.args.hub_revision}
         upload_folder(
             repo_id=trainer.hub_model_id, folder_path=final, commit_message="Trained, with its card", **options

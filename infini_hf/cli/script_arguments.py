@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
-from ..data.documents import check_count, load_documents
+from ..data.documents import check_count, load_documents, written
 from ..data.lane_order import lane_stream
 from ..data.packing import pack_documents
 from .adapters import adapter_patch, load_adapted
@@ -84,16 +84,23 @@ class ModelArguments:
             )
         return InfiniConfig(**asked)
 
-    def check(self):
+    def check(self, adapter=None):
         """Refuse what can be refused before anything is read, and return what `from_pretrained` takes for the model.
 
+        Args:
+            adapter (`str`, *optional*): the folder of an adapter, or its name on the hub.
+
         Raises:
-            ValueError: for a model that is not there, a patch that is none, or an unknown precision.
+            ValueError: for a model that is not there, a patch that is none or not the adapter's, or an unknown
+                precision.
         """
         if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
             raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
         name = find_model(self.model)
-        self.infini_config(self.stored(name))
+        if adapter is None:
+            self.infini_config(self.stored(name))
+        else:
+            adapter_patch(adapter, self.asked())
         return name
 
     def stored(self, name):
@@ -116,7 +123,8 @@ class ModelArguments:
             merge (`bool`, *optional*, defaults to `False`): work the adapter into the weights.
             options: what `from_pretrained` takes.
         """
-        name = self.check()
+        folder = None if adapter is None else find_adapter(adapter)
+        name = self.check(folder)
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.matmul_precision is not None:
@@ -124,9 +132,6 @@ class ModelArguments:
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
         options["dtype"] = self.dtype
-        folder = None if adapter is None else find_adapter(adapter)
-        if folder is not None:
-            adapter_patch(folder, self.asked())
         with loading(self.model if adapter is None else f"{self.model} with {adapter}"):
             if folder is None:
                 patch = self.infini_config(self.stored(name))
@@ -272,19 +277,13 @@ class DocumentArguments:
         """The evaluation rows, or `None`."""
         if self.eval_source is None:
             return None
-        documents = load_documents(
-            find_source(self.eval_source, "eval_source"),
-            self.eval_split or held_out_split(self.eval_source),
-            self.text_column,
-            # Where training reads a source on and on, its few texts to evaluate on must not bring down all of it.
-            streaming=self.streaming,
-            where=self.where,
-            limit=self.eval_limit,
-        )
+        source = find_source(self.eval_source, "eval_source")
+        split = self.eval_split or held_out_split(self.eval_source)
+        # Where training reads a source on and on, its few texts to evaluate on must not bring down all of it.
+        options = {"streaming": self.streaming, "where": self.where, "limit": self.eval_limit}
+        documents = load_documents(source, split, self.text_column, **options)
         if self.streaming:
-            from datasets import Dataset
-
-            documents = Dataset.from_list(list(documents))
-            if not len(documents):
+            if next(iter(documents), None) is None:
                 raise ValueError(f"eval_source={self.eval_source!r}: where={self.where!r} keeps none of its rows")
+            documents = written(documents)
         return pack_documents(documents, tokenizer, segment_length, self.eval_segments_per_row)

@@ -178,6 +178,17 @@ def generated(kind, generator, features, **arguments):
         raise error.__cause__ from None
 
 
+def written(stream):
+    """What a stream of documents yields, as a dataset with a length on the disk."""
+    from datasets import Dataset, Features, Value
+
+    return generated(Dataset, read_through, Features({"text": Value("string")}), stream=stream)
+
+
+def read_through(stream):
+    yield from stream
+
+
 def columns_of(rows, source):
     """Column names; of a stream that does not know them yet, those of its first row."""
     first = rows.column_names or next(iter(rows), None)
