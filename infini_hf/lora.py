@@ -23,11 +23,10 @@ from .attention import InfiniAttention
 from .auto import GATE, PROJECTIONS, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
 from .cache import infini_config_of
 from .config import InfiniConfig
-from .lora_base import sample_base, warn_of_base
+from .lora_base import GATE_MODULE, sample_base, warn_of_base
 from .patching import is_patched, patch_model, unpatch_model
 from .streaming import require_patched
 
-GATE_MODULE = GATE.split(".")[0]
 GATE_PARTS = ("query_shift", "key_shift", "query_projection", "key_projection")
 # What PEFT puts before the names of the model that it wraps.
 PREFIX = "base_model.model."
@@ -117,6 +116,8 @@ def add_lora(model, **lora_kwargs):
 def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=None, **kwargs):
     """Load an adapter that was made with [`lora_config`], with its gates, onto the plain base or a patched one.
 
+    A base with other weights than those that the adapter was trained on is warned of.
+
     Args:
         base (`str`, `Path` or `PreTrainedModel`): the name or folder of the base, or an instance, which is patched and
             adapted in place.
@@ -127,8 +128,6 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         subfolder (`str`, *optional*): of `directory`.
         kwargs: how the base is loaded when it is a name (`dtype`, `device_map`, `quantization_config`, …), the hub's
             `token` and the like for both, and PEFT's `adapter_name`, `autocast_adapter_dtype` and `torch_device`.
-
-    A base with other weights than those that the adapter was trained on is warned of.
 
     Returns:
         `peft.PeftModel`: the adapted model; `merge_and_unload()` gives a patched model without PEFT (merge on a base

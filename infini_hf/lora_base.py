@@ -9,7 +9,7 @@ from .auto import GATE
 
 logger = logging.getLogger(__name__)
 
-GATE_MODULE = f"{GATE.split('.')[0]}."
+GATE_MODULE = GATE.split(".")[0]
 # Values of a tensor that are kept.
 VALUES = 4
 # Other kinds of numbers are codes that a scale belongs to.

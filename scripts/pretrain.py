@@ -31,7 +31,7 @@ def main(argv=None):
     model = lora_args.wrap(model)
     segment_length = infini_config_of(model.config).segment_length
     lanes = args.train_batch_size * args.row_groups if args.carry_memory else None
-    # One process prepares the rows, the others find them in the cache.
+    # One process prepares the rows, the others find them in the cache (of a stream, each makes what is evaluated).
     with args.main_process_first(desc="rows"):
         train_rows = data_args.rows(tokenizer, segment_length, lanes, args.seed)
         eval_rows = data_args.eval_rows(tokenizer, segment_length)
