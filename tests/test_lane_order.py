@@ -1,4 +1,4 @@
-"""Rows in lane order: every row of a batch goes on with the document that its lane has read."""
+"""Rows in lane order: every row of a batch goes on with the document that its lane has read; streams read whole."""
 
 from itertools import islice, pairwise
 
@@ -7,6 +7,7 @@ from datasets import Dataset, IterableDataset
 from training import tiny_rows
 
 from infini_hf.data.lane_order import LaneSampler, interleave, lane_stream
+from infini_hf.data.whole_stream import WholeStream, whole_stream
 
 UNEVEN = [(document, part) for document, parts in enumerate((5, 1, 3, 2, 7, 1, 1)) for part in range(parts)]
 
@@ -116,3 +117,22 @@ def test_a_streamed_dataset_becomes_one_in_lane_order():
     assert isinstance(stream, IterableDataset)
     assert list(stream) == list(interleave(iter(rows), 2))
     assert list(stream) == list(stream)
+
+
+def test_a_whole_stream_is_shuffled_with_the_one_it_holds():
+    def stream():
+        return (
+            Dataset.from_dict({"text": [str(number) for number in range(12)]}).to_iterable_dataset(3).shuffle(seed=0)
+        )
+
+    held = stream()
+    assert whole_stream(held, 1) is whole_stream(held, 4) is held
+    orders = []
+    for epoch in range(2):
+        whole, expected = whole_stream(stream(), 2), stream()
+        for dataset in (whole, expected):
+            dataset.set_epoch(epoch)
+        orders.append([row["text"] for row in whole])
+        assert isinstance(whole, WholeStream)
+        assert orders[-1] == [row["text"] for row in expected]
+    assert orders[0] != orders[1]
