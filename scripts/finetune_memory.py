@@ -4,7 +4,8 @@
         --train_folder NOVELS/train
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
-whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`.
+whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`. With
+`--closed_memory true --retrieval_weight 0` it makes the local-only control of any config: its rows, the gates at zero.
 """
 
 from dataclasses import dataclass, field
@@ -72,6 +73,7 @@ def main(argv=None):
     model, tokenizer = model_args.load()
     memory_args.prepare(model, tokenizer, texts)
     memory_args.rest(model)
+    memory_args.close(model)
     rows = MemoryRows(
         texts,
         tokenizer,

@@ -9,13 +9,14 @@ import pytest
 import torch
 from models import build_patched
 from safetensors.torch import load_file
-from transformers import AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig
+from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig, patch_model
 from infini_hf.assets import resolve
 from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
+from infini_hf.gate import MemoryGate
 from infini_hf.snapshot import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -114,6 +115,43 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 
 
+def test_the_control_with_a_closed_memory_reads_the_same_rows_and_never_its_memory(novels, calibrated, tmp_path):
+    open_gates = tmp_path / "open"
+    model = AutoInfiniModelForCausalLM.from_pretrained(calibrated, dtype="float32")
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, MemoryGate):
+                module.bias.fill_(0.5)
+    model.save_pretrained(open_gates)
+    AutoTokenizer.from_pretrained(calibrated).save_pretrained(open_gates)
+    options = ["--config", str(STAGE), "--model", str(open_gates), "--train_folder", str(novels), "--max_steps", "2"]
+    options += ["--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1", "--save_steps", "2"]
+    options += ["--disable_tqdm", "true", "--longest_reading", "1280", "--warmup_steps", "0"]
+    closed = ["--closed_memory", "true", "--output_dir", str(tmp_path / "closed")]
+    script("finetune_memory").main([*options, *closed])
+    before, after = (load_file(folder / "model.safetensors") for folder in (open_gates, tmp_path / "closed" / "final"))
+    for name, weight in after.items():
+        if name.endswith("memory_gate.bias"):
+            assert not weight.any()
+        elif "memory_gate" in name:
+            assert torch.equal(weight, before[name])
+        else:
+            assert not torch.equal(weight, before[name]), name
+    # What was trained is the stock model: no memory was read on the way.
+    ids = torch.randint(0, 4096, (1, 128), generator=torch.Generator().manual_seed(0))
+    stock = AutoModelForCausalLM.from_pretrained(tmp_path / "closed" / "final", dtype="float32")
+    patched_again = AutoInfiniModelForCausalLM.from_pretrained(tmp_path / "closed" / "final", dtype="float32")
+    with torch.no_grad():
+        torch.testing.assert_close(patched_again(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+    with pytest.raises(ValueError, match=r"parameters, as .*memory_gate.* rest in the other"):
+        script("finetune_memory").main([*options, "--output_dir", str(tmp_path / "closed"), "--max_steps", "3"])
+    with pytest.raises(ValueError, match=r"retrieval_weight=1.0 with closed_memory=True: nothing is read"):
+        MemoryArguments(closed_memory=True).check_told(1.0, None)
+    patch_model(stock, InfiniConfig(segment_length=128, gate="sigmoid"))
+    with pytest.raises(ValueError, match="gate='sigmoid': at zero it is half open"):
+        MemoryArguments(closed_memory=True).close(stock)
+
+
 def test_projections_are_fitted_stored_and_reported(novels, calibrated, tmp_path, capsys):
     model = add_memory_projections(AutoInfiniModelForCausalLM.from_pretrained(calibrated, dtype="float32"))
     model.save_pretrained(tmp_path / "model")
@@ -158,6 +196,8 @@ def test_a_fit_refuses_before_it_reads(novels, tmp_path):
     given = ["--model", "tiny-llama-infini", "--train_folder", str(novels)]
     with pytest.raises(ValueError, match="resting_layers=1: all weights rest in a fit"):
         script("fit_projections").main([*given, "--resting_layers", "1"])
+    with pytest.raises(ValueError, match="closed_memory=True: a fit is of what the memory reads"):
+        script("fit_projections").main([*given, "--closed_memory", "true"])
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match=r"output_dir=.*file: is a file"):
         script("fit_projections").main([*given, "--output_dir", str(tmp_path / "file")])

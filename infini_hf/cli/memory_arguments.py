@@ -1,4 +1,4 @@
-"""What scripts that train a memory do to a model before: centered channels, projections of its own, layers at rest."""
+"""What scripts that train a memory do to a model before: channels centered, projections added, layers or gates at rest."""
 
 from dataclasses import dataclass, field
 
@@ -34,6 +34,11 @@ class MemoryArguments:
             "help": "so many of the lowest layers, their memory included, are left as they are in training, and so "
             "are the embeddings, with the output head where it is tied to them"
         },
+    )
+
+    closed_memory: bool = field(
+        default=False,
+        metadata={"help": "the gates are set to zero and stay there: the local-only control, on the same rows"},
     )
 
     def __post_init__(self):
@@ -80,8 +85,13 @@ class MemoryArguments:
         """Refuse layers that rest and are told where to read, `layers` by retrieval supervision of a `weight`.
 
         Raises:
-            ValueError: names them.
+            ValueError: names them; or when the memory is closed.
         """
+        if weight and self.closed_memory:
+            raise ValueError(
+                f"retrieval_weight={weight} with closed_memory=True: nothing is read that the loss could be told of; "
+                "give retrieval_weight=0"
+            )
         early = range(self.resting_layers) if layers is None else [i for i in layers if i < self.resting_layers]
         if weight and early:
             raise ValueError(
@@ -117,6 +127,24 @@ class MemoryArguments:
         if self.resting_layers:
             for module in (decoder.embed_tokens, *decoder.layers[: self.resting_layers]):
                 module.requires_grad_(False)
+
+    def close(self, model):
+        """Set the gates to zero and leave the whole memory there, where the control is asked for.
+
+        Raises:
+            ValueError: when zero is not shut.
+        """
+        if not self.closed_memory:
+            return
+        kind = infini_config_of(model.config).gate
+        if kind != "tanh":
+            raise ValueError(f"closed_memory=True with gate={kind!r}: at zero it is half open; give gate='tanh'")
+        for module in model.modules():
+            if isinstance(module, MemoryGate):
+                module.requires_grad_(False)
+                module.bias.zero_()
+                # Spares the retrieval; what is stored is the gates at zero.
+                module.closed = True
 
 
 def centered(model):
