@@ -1,4 +1,4 @@
-"""What scripts that train a memory do to a model before: channels centered, projections added, layers or gates at rest."""
+"""What scripts that train a memory do to a model before: calibration, projections, layers or gates left at rest."""
 
 from dataclasses import dataclass, field
 
