@@ -401,3 +401,21 @@ def test_even_a_segment_without_state_tells_checkpointing_its_device(monkeypatch
     segment_major(tiny_model().train(), hard_batch())
     assert len(met) > 3
     assert all(found and all(found) for found in met)
+
+
+@pytest.mark.parametrize(("recompute", "expected"), [(True, [0, 2, 2, 0]), (False, [])])
+def test_free_pages_go_back_before_every_second_segment_that_is_computed_twice(recompute, expected, monkeypatch):
+    model, ids = tiny_model().train(), random_ids(1, 5 * SEGMENT)
+    segments, at = cut_segments(ids, None, shift_labels(ids), SEGMENT), []
+    monkeypatch.setattr(segment_step, "WORTH_RELEASING", 1)
+    reading = []
+    embed = model.get_input_embeddings()
+    embed.register_forward_pre_hook(lambda module, args: reading.append(args[0]))
+    monkeypatch.setattr(segment_step, "release_free_pages", lambda device: at.append(len(reading)))
+    loss, _ = segment_major_loss(
+        model, segments, InfiniCache(model.config), 5 * SEGMENT, StepOptions(recompute=recompute)
+    )
+    loss.backward()
+    # Which segment was read next, in the forward pass and, from the last but one on, in the backward pass.
+    order = [next(i for i, part in enumerate(segments) if torch.equal(part.input_ids, ids)) for ids in reading]
+    assert [order[count] for count in at] == expected
