@@ -115,7 +115,7 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 
 
-def test_the_control_with_a_closed_memory_trains_all_but_its_memory_and_stores_gates_at_zero(novels, calibrated, tmp_path):
+def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, calibrated, tmp_path):
     open_gates = tmp_path / "open"
     model = AutoInfiniModelForCausalLM.from_pretrained(calibrated, dtype="float32")
     with torch.no_grad():
