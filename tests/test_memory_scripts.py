@@ -115,22 +115,34 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 
 
-def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, calibrated, tmp_path):
-    open_gates = tmp_path / "open"
-    model = AutoInfiniModelForCausalLM.from_pretrained(calibrated, dtype="float32")
+def with_gates(folder, value, target):
+    """The model of `folder` with all its gates at `value`, in `target`."""
+    model = AutoInfiniModelForCausalLM.from_pretrained(folder, dtype="float32")
     with torch.no_grad():
         for module in model.modules():
             if isinstance(module, MemoryGate):
-                module.bias.fill_(0.5)
-    model.save_pretrained(open_gates)
-    AutoTokenizer.from_pretrained(calibrated).save_pretrained(open_gates)
-    options = ["--config", str(STAGE), "--model", str(open_gates), "--train_folder", str(novels), "--max_steps", "2"]
+                module.bias.fill_(value)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return str(target)
+
+
+def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, calibrated, tmp_path):
+    open_gates, shut = (with_gates(calibrated, value, tmp_path / name) for value, name in ((0.5, "open"), (0.0, "shut")))
+    options = ["--config", str(STAGE), "--train_folder", str(novels), "--max_steps", "2"]
     options += ["--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1", "--save_steps", "2"]
     options += ["--disable_tqdm", "true", "--longest_reading", "1280", "--warmup_steps", "0"]
-    closed = ["--closed_memory", "true", "--output_dir", str(tmp_path / "closed")]
+    # A clipped gradient would count that of the gates, which only the other model has.
+    options += ["--max_grad_norm", "0"]
+    closed = ["--model", open_gates, "--closed_memory", "true", "--output_dir", str(tmp_path / "closed")]
+    resting = ["--model", shut, "--memory_gate_learning_rate", "0", "--output_dir", str(tmp_path / "resting")]
     script("finetune_memory").main([*options, *closed])
-    before, after = (load_file(folder / "model.safetensors") for folder in (open_gates, tmp_path / "closed" / "final"))
+    script("finetune_memory").main([*options, *resting])
+    folders = Path(open_gates), tmp_path / "closed" / "final", tmp_path / "resting" / "final"
+    before, after, oracle = (load_file(folder / "model.safetensors") for folder in folders)
+    assert oracle.keys() == after.keys()
     for name, weight in after.items():
+        torch.testing.assert_close(weight, oracle[name], atol=1e-6, rtol=0, msg=name)
         if name.endswith("memory_gate.bias"):
             assert not weight.any()
         elif "memory_gate" in name:
@@ -144,7 +156,8 @@ def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, cali
     with torch.no_grad():
         torch.testing.assert_close(patched_again(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
     with pytest.raises(ValueError, match=r"parameters, as .*memory_gate.* rest in the other"):
-        script("finetune_memory").main([*options, "--output_dir", str(tmp_path / "closed"), "--max_steps", "3"])
+        again = ["--model", open_gates, "--output_dir", str(tmp_path / "closed"), "--max_steps", "3"]
+        script("finetune_memory").main([*options, *again])
     with pytest.raises(ValueError, match=r"retrieval_weight=1.0 with closed_memory=True: nothing is read"):
         MemoryArguments(closed_memory=True).check_told(1.0, None)
     patch_model(stock, InfiniConfig(segment_length=128, gate="sigmoid"))
