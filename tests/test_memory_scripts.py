@@ -128,7 +128,7 @@ def with_gates(folder, value, target):
 
 
 def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, calibrated, tmp_path):
-    open_gates, shut = (with_gates(calibrated, value, tmp_path / name) for value, name in ((0.5, "open"), (0.0, "shut")))
+    open_gates, shut = with_gates(calibrated, 0.5, tmp_path / "open"), with_gates(calibrated, 0.0, tmp_path / "shut")
     options = ["--config", str(STAGE), "--train_folder", str(novels), "--max_steps", "2"]
     options += ["--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1", "--save_steps", "2"]
     options += ["--disable_tqdm", "true", "--longest_reading", "1280", "--warmup_steps", "0"]
@@ -155,8 +155,8 @@ def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, cali
     patched_again = AutoInfiniModelForCausalLM.from_pretrained(tmp_path / "closed" / "final", dtype="float32")
     with torch.no_grad():
         torch.testing.assert_close(patched_again(ids).logits, stock(ids).logits, atol=1e-5, rtol=0)
+    again = ["--model", open_gates, "--output_dir", str(tmp_path / "closed"), "--max_steps", "3"]
     with pytest.raises(ValueError, match=r"parameters, as .*memory_gate.* rest in the other"):
-        again = ["--model", open_gates, "--output_dir", str(tmp_path / "closed"), "--max_steps", "3"]
         script("finetune_memory").main([*options, *again])
     with pytest.raises(ValueError, match=r"retrieval_weight=1.0 with closed_memory=True: nothing is read"):
         MemoryArguments(closed_memory=True).check_told(1.0, None)
