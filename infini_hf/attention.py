@@ -280,7 +280,8 @@ class InfiniAttention:
         carried = config.carried_length(2)
         kept = [min(carried, n) if closes else n for n, closes in zip(layout.lengths, round.closes, strict=True)]
         first = [min(config.sink_tokens, n) if closes else n for n, closes in zip(kept, round.closes, strict=True)]
-        if layout.is_uniform:
+        # Windows of one length may hold what was carried in one row and a first segment alone in another.
+        if layout.is_uniform and len(set(round.closes)) == 1:
             state.keys, state.values = carry(state.keys, kept[0], first[0]), carry(state.values, kept[0], first[0])
         else:
             index = layout.carry_index(kept, first)

@@ -1,5 +1,7 @@
 """Padding is never written, never read, and never moves a segment boundary: a padded row is the row alone."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,26 @@ def test_padded_rows_equal_the_rows_alone(side, rule, carry):
     model = build_patched("llama", segment_length=SEGMENT, memory_update=rule, **carry)
     rows, ids, mask = ragged(side)
     assert_rows_are_alone(model, rows, ids, mask, sizes=[1, 3, 8, 2, 18])
+
+
+# Two rows of which one is past its first segment may hold windows of one length and yet end their segments at other
+# tokens: what the one carries, the other has read of its first segment.
+@pytest.mark.parametrize("kept", [{"overlap": 1}, {"sink_tokens": 2}, {"overlap": 1, "sink_tokens": 1}], ids=str)
+def test_two_rows_of_any_lengths_are_read_on_token_by_token_as_the_rows_alone(kept):
+    model = build_patched("llama", segment_length=4, **kept)
+    more = random_ids(2, 9, seed=9)
+    alone = {}
+    for first, second in itertools.product(range(1, 10), repeat=2):
+        rows, ids, mask = ragged("left", lengths=(first, second), width=max(first, second))
+        _, cache = read(model, ids, mask=mask)
+        logits, cache = read(model, more, [1] * 9, cache=cache)
+        for number, row in enumerate(rows):
+            key = number, row.shape[1]
+            if key not in alone:
+                alone[key] = read(model, torch.cat([row, more[number : number + 1]], dim=1))
+            expected, memory = alone[key]
+            assert_close(logits[number], expected[0, row.shape[1] :], what=f"rows of {first} and {second}, {number}")
+            assert_same_state(cache, memory, row=number, expected_row=0)
 
 
 @pytest.mark.parametrize("side", ["left", "right", "anywhere"])
