@@ -258,11 +258,12 @@ class InfiniCache(Cache):
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         twin.layers = [copy.copy(layer) for layer in self.layers]
+        twin.notes = copy.deepcopy(self.notes)
         return twin
 
     def restore(self, earlier):
-        """Go back to an earlier copy of this cache."""
-        self.__dict__.update(copy.copy(earlier).__dict__)
+        """Go back to an earlier copy of this cache; the notes stay."""
+        self.__dict__.update({**copy.copy(earlier).__dict__, "notes": self.notes})
 
     def state_bytes(self):
         """`int`: bytes of all tensors of the state."""

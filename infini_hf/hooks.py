@@ -9,6 +9,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from .attention import PLAN, InfiniAttention, build_mask
 from .cache import InfiniCache, infini_config_of
+from .call_arguments import check_packing, check_positions, read_padding, read_scale
 from .families import family_of
 from .rope import window_tables
 from .segments import SegmentPlan
@@ -42,6 +43,7 @@ def decoder_pre_hook(decoder, args, kwargs):
     if mask is not None:
         mask = mask.to(tokens.device)
     seen = (0,) * batch if cache is None else cache.begin(batch, columns, mask, tokens.device)
+    check_packing(kwargs)
     check_positions(kwargs.get("position_ids"), mask, columns)
     kwargs["position_ids"] = stream_positions(seen, mask, columns, tokens.device)
     config = infini_config_of(decoder.config)
@@ -98,94 +100,6 @@ def resolve_cache(decoder, kwargs, batch):
             "use batch_repeat_interleave or batch_select_indices on the cache, or a cache for each batch"
         )
     return cache
-
-
-def read_padding(attention_mask, batch, columns, past, cache):
-    """Padding of the call as `(batch, columns)` bool, or `None` when nobody spoke of any.
-
-    Raises:
-        NotImplementedError: for a mask that is not two-dimensional.
-        ValueError: for one that fits neither the call nor the call with everything before it.
-    """
-    if attention_mask is None:
-        return None
-    if not isinstance(attention_mask, torch.Tensor) or attention_mask.ndim != 2:
-        shape = (
-            tuple(attention_mask.shape) if isinstance(attention_mask, torch.Tensor) else type(attention_mask).__name__
-        )
-        raise NotImplementedError(
-            f"attention_mask of {shape}: Infini-attention takes a padding mask of two dimensions (batch, tokens); "
-            "packed or custom attention patterns are not supported, give each document a row of its own"
-        )
-    hidden = 0 if cache is None else cache.hidden_columns
-    if attention_mask.shape[0] != batch or attention_mask.shape[1] not in (
-        columns,
-        past + columns,
-        past + columns - hidden,
-    ):
-        raise ValueError(
-            f"attention_mask of shape {tuple(attention_mask.shape)}: the call has {batch} rows of {columns} tokens "
-            f"after {past}; the mask must cover the {columns} new columns, or all {past + columns}"
-        )
-    if columns > 1 and past and not hidden and attention_mask.shape[1] == past + columns:
-        check_past(attention_mask[:, :past], cache)
-    return attention_mask[:, -columns:].bool() if columns else attention_mask[:, :0].bool()
-
-
-def read_scale(scale, config, batch, device):
-    """How many times segments are written, `(batch, n)` float32, or `None` for once.
-
-    Raises:
-        ValueError: when it does not fit the batch or holds what is no number of writes, or the update rule is not
-            linear.
-    """
-    if scale is None:
-        return None
-    if config.memory_update != "linear":
-        raise ValueError(
-            f"memory_scale with memory_update={config.memory_update!r}: a scaled write equals repeated ones under the "
-            "linear rule alone; patch with memory_update='linear', or leave memory_scale out"
-        )
-    if not isinstance(scale, torch.Tensor) or scale.ndim not in (1, 2) or scale.shape[0] != batch:
-        what = tuple(scale.shape) if isinstance(scale, torch.Tensor) else type(scale).__name__
-        raise ValueError(f"memory_scale of {what}: must be a tensor (batch,) or (batch, segments) for {batch} rows")
-    scale = scale.to(dtype=torch.float32)
-    wrong = scale[~((scale > 0) & scale.isfinite())]
-    if wrong.numel():
-        raise ValueError(
-            f"memory_scale={wrong[0].item()}: must be a finite number above 0, how many times a segment is written; 1 "
-            "is once. A segment that is not written would leave an empty memory to be read: leave it out of the text"
-        )
-    scale = scale.to(device)
-    return scale[:, None] if scale.ndim == 1 else scale
-
-
-def check_past(past_mask, cache):
-    """What the mask says of the past must be what was read: it cannot be unread.
-
-    Raises:
-        ValueError: names both counts.
-    """
-    said = tuple(past_mask.bool().sum(1).tolist())
-    if said != cache.seen:
-        raise ValueError(
-            f"attention_mask says that {list(said)} of the earlier tokens of each row are real, and the cache has "
-            f"read {list(cache.seen)}: pass the mask that was used then, or that of the new tokens alone"
-        )
-
-
-def check_positions(positions, mask, columns):
-    """Refuse position ids that restart inside a row: they mean packed documents, whose memories would mix."""
-    if positions is None or columns < 2:
-        return
-    falls = positions[:, 1:] < positions[:, :-1]
-    if mask is not None:
-        falls = falls & mask[:, 1:] & mask[:, :-1]
-    if bool(falls.any()):
-        raise NotImplementedError(
-            "position_ids fall inside a row, as where documents are packed into one: their memories would mix. "
-            "Give each document a row of its own (padded rows are fine), or join them into one text on purpose"
-        )
 
 
 def stream_positions(seen, mask, columns, device):

@@ -1,10 +1,13 @@
 """Token ids as users hand them in: a tensor, a list, or a stream of pieces, checked before any work is done."""
 
 import itertools
+import logging
 from collections.abc import Mapping
 
 import numpy as np
 import torch
+
+logger = logging.getLogger(__name__)
 
 
 def refuse_mapping(ids):
@@ -52,6 +55,22 @@ def check_mask(attention_mask, ids):
     if mask.shape != ids.shape:
         raise ValueError(f"attention_mask of shape {tuple(mask.shape)}: must be that of ids, {tuple(ids.shape)}")
     return mask
+
+
+def warn_of_padding(ids, pad, ends):
+    """Say that rows which begin with the padding token are read as text, where no mask says otherwise.
+
+    Args:
+        ids (`torch.Tensor`): `(batch, seq_len)` int64.
+        pad (`int`, *optional*): the padding token.
+        ends (`list[int]`): tokens that end a text; one of them that pads, too, may be meant.
+    """
+    rows = [] if pad is None or pad in ends or len(ids) == 1 else (ids[:, 0] == pad).nonzero()[:, 0].tolist()
+    if rows:
+        logger.warning(
+            f"rows {rows} begin with the padding token {pad}, and without attention_mask it is read as text and "
+            "written to the memory: pass the tokenizer's attention_mask"
+        )
 
 
 def refuse_right_padding(mask):

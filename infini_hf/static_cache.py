@@ -75,7 +75,7 @@ class StaticInfiniCache(InfiniCache):
         static, decoder = cls(model.config), model.get_decoder()
         cache.check_whole()
         own = {name: value for name, value in vars(cache).items() if name not in ("layers", "fresh", "offloading")}
-        vars(static).update(own)
+        vars(static).update(own, notes=copy.deepcopy(cache.notes))
         static.check_owner(decoder)
         tokens = torch.empty(0, dtype=torch.int64, device=decoder.get_input_embeddings().weight.device)
         window_tables(decoder, static.infini_config, tokens, static)
@@ -120,6 +120,7 @@ class StaticInfiniCache(InfiniCache):
         cache = object.__new__(InfiniCache)
         own = ("real", "opened")
         cache.__dict__.update({name: value for name, value in vars(self).items() if name not in own})
+        cache.notes = copy.deepcopy(self.notes)
         cache.layers = [layer.unload() for layer in self.layers]
         cache.fresh = {index: type(cache.layers[index])(layer.sliding_window) for index, layer in self.fresh.items()}
         return cache

@@ -8,7 +8,7 @@ from tqdm.auto import tqdm
 
 from .cache import InfiniCache
 from .generation_options import GenerationOptions
-from .inputs import as_batch, check_mask, check_size, refuse_right_padding, stream_chunks
+from .inputs import as_batch, check_mask, check_size, refuse_right_padding, stream_chunks, warn_of_padding
 from .patching import patched_decoder
 from .sequence_parallel import SequenceParallelCache, refuse_split
 from .static_cache import StaticInfiniCache
@@ -195,6 +195,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         kwargs["generation_config"].use_cache = True
     ids = ids.to(input_device(inner))
     mask = check_mask(attention_mask, ids)
+    if mask is None:
+        warn_of_padding(ids, options.pad, options.eos)
     mask = torch.ones_like(ids) if mask is None else mask.to(ids.device)
     refuse_right_padding(mask)
     # All on copies, so that an interruption leaves the caller's cache before the turn, not in its middle. The prompt

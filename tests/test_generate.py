@@ -475,6 +475,18 @@ def test_padding_on_the_right_is_refused(llama):
     assert cache.seen == ()
 
 
+def test_padding_without_a_mask_is_told(llama, caplog):
+    pad, ids = llama.generation_config.pad_token_id, random_ids(3, 4)
+    ids[1, 0] = pad
+    one = {"max_new_tokens": 1, "do_sample": False}
+    generate(llama, ids, attention_mask=(ids != pad).long(), **one)
+    generate(llama, ids[1:2], **one)
+    generate(llama, ids, pad_token_id=2, eos_token_id=2, **one)
+    assert not caplog.text
+    generate(llama, ids, **one)
+    assert f"rows [1] begin with the padding token {pad}, and without attention_mask it is read as text" in caplog.text
+
+
 def test_prefill_refuses_a_mask_beside_pieces(llama):
     ids = random_ids(1, 9)
     with pytest.raises(ValueError, match="attention_mask"):

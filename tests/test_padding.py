@@ -249,8 +249,20 @@ def test_masks_that_do_not_fit_are_refused(mask, error, message):
         model(random_ids(2, 10), attention_mask=mask)
 
 
-def test_packed_documents_are_refused():
-    model = build_patched(segment_length=SEGMENT)
-    positions = torch.cat([torch.arange(6), torch.arange(4)])[None]
-    with pytest.raises(NotImplementedError, match="packed"):
-        model(random_ids(1, 10), position_ids=positions)
+@pytest.mark.parametrize(
+    ("positions", "told"),
+    [([0, 1, 2, 3, 0, 1], "3 to 0"), ([0, 0, 1, 2, 3, 4], "0 to 0"), ([5, 9, 10, 11, 12, 13], "5 to 9")],
+    ids=["a document more", "after one of one token", "after a jump"],
+)
+def test_packed_documents_are_refused(positions, told):
+    model, ids = build_patched(segment_length=SEGMENT), random_ids(2, 6)
+    with pytest.raises(NotImplementedError, match=f"position_ids go from {told} inside a row, .* packed"):
+        model(ids, position_ids=torch.tensor([positions]))
+    with pytest.raises(NotImplementedError, match="cu_seq_lens_q says that several texts lie in one row"):
+        model(ids, cu_seq_lens_q=torch.tensor([0, 4, 6]))
+    # Padding has any position, and a row may begin to count anywhere.
+    mask = torch.tensor([[0, 1, 1, 1, 1, 1]] * 2)
+    counted = torch.tensor([[1, 0, 1, 2, 3, 4], [9, 7, 8, 9, 10, 11]])
+    with torch.no_grad():
+        given = model(ids, attention_mask=mask, position_ids=counted).logits
+        assert torch.equal(given, model(ids, attention_mask=mask).logits)

@@ -17,6 +17,7 @@ from transformers import GenerationConfig
 
 from infini_hf import InfiniCache, generate, patch_model, prefill, score, unpatch_model
 from infini_hf.snapshot import FILE_NAME, LEFT_OVER
+from infini_hf.static_cache import StaticInfiniCache
 
 SEGMENT = 8
 OPTIONS = {"segment_length": SEGMENT, "memory_update": "delta", "overlap": 3, "sink_tokens": 2}
@@ -104,6 +105,21 @@ def test_a_loaded_snapshot_can_be_saved_again(llama, saved, tmp_path):
     loaded.save_pretrained(tmp_path / "copy")
     again = InfiniCache.from_pretrained(tmp_path / "copy", model=llama)
     assert_same_state(again, loaded, tolerance=0)
+
+
+def test_a_copy_has_notes_of_its_own(llama):
+    cache = prefill(llama, random_ids(1, 9), progress=False)
+    cache.notes["pages"] = [1]
+    static = StaticInfiniCache.from_cache(cache, llama)
+    for twin in (copy.copy(cache), copy.deepcopy(cache), static, static.to_infini_cache()):
+        twin.notes["pages"].append(2)
+        twin.notes["title"] = "another"
+    assert cache.notes == {"pages": [1]}
+    # A broken chunk is undone; what the reader noted of it is not.
+    before, notes = copy.copy(cache), cache.notes
+    notes["pages"].append(2)
+    cache.restore(before)
+    assert cache.notes is notes
 
 
 def test_bfloat16_states_come_back_bit_equal(tmp_path):
