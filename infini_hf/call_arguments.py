@@ -1,4 +1,4 @@
-"""What a call of a patched decoder brings beside its tokens: read, or refused by name where no memory can honour it."""
+"""What a call of a patched decoder brings beside its tokens: read, or refused where no memory can honour it."""
 
 import torch
 
