@@ -21,12 +21,13 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_file
 from infini_hf.cli.script_arguments import ModelArguments, held_out_split
-from infini_hf.data.documents import load_documents
+from infini_hf.data.documents import check_count, load_documents
 from infini_hf.evaluation.comparison import compare, comparison_lines
 from infini_hf.evaluation.curves import draw_by_position, new_figure
+from infini_hf.evaluation.outputs import beside, check_output
 from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
 from infini_hf.evaluation.rouge import rouge_scores
-from infini_hf.evaluation.ways import Way, losses_of_texts
+from infini_hf.evaluation.ways import Way, lenders_of, losses_of_texts
 
 
 @dataclass
@@ -46,7 +47,7 @@ class EvaluationArguments:
     )
     source: str | None = field(default=None, metadata={"help": "texts for perplexity: folder, file or hub dataset"})
     split: str | None = field(
-        default=None, metadata={"help": "default: validation of a hub dataset, all of a local folder or file"}
+        default=None, metadata={"help": "default: validation, or all of a local folder or file that has no such part"}
     )
     limit: int | None = field(default=None, metadata={"help": "texts, the first ones"})
     max_tokens: int | None = field(default=None, metadata={"help": "tokens of each text"})
@@ -63,6 +64,13 @@ class EvaluationArguments:
     predictions: list[str] = field(default_factory=list, metadata={"help": "JSONL files of summarize.py"})
     output: str | None = field(default=None, metadata={"help": "markdown file for the table, with a JSON beside it"})
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; the best one by default"})
+
+    def __post_init__(self):
+        for name, lowest in (("limit", 1), ("max_tokens", 2), ("first_edge", 1), ("beyond", 0)):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name), lowest)
+        if self.output:
+            check_output(self.output, (".json", ".png"))
 
     def parsed_ways(self):
         """The ways to read, checked before anything is loaded."""
@@ -91,6 +99,8 @@ def perplexity(model_args, args):
     segments = [way.window(patch).segment_length for way in ways if way.patched]
     reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
     texts = texts_of(tokenizer, args)
+    if any(way.name == "other" for way in ways):
+        lenders_of(texts, patch.segment_length)
     losses = {way.text: losses_of_texts(model, way, texts) for way in ways}
     longest = max(ids.shape[1] for ids in texts) - 1
     # A way that ends early has a span of its own, or its last one would mean other tokens than its neighbours'.
@@ -98,11 +108,15 @@ def perplexity(model_args, args):
     counts = mean_by_span([ids[0, 1:] for ids in texts], edges)[1]
     table = SpanTable(edges, {name: mean_by_span(parts, edges)[0] for name, parts in losses.items()}, counts)
     beyond = max([patch.segment_length, *segments]) if args.beyond is None else args.beyond
-    roles = [next((way.text for way in ways if way.name == role), role) for role in ("closed", "full")]
+    # The plain control where there is one, else the first with options of its own.
+    roles = [
+        next((way.text for way in sorted(ways, key=lambda way: way.text != role) if way.name == role), role)
+        for role in ("closed", "full")
+    ]
     rows = compare(losses, beyond, *roles)
     if args.figure or args.figure_ways:
         curves = {name: curve_of(losses[name]) for name in args.figure_ways or losses}
-        draw_by_position(curves, Path(args.output).with_suffix(".png"), beyond)
+        draw_by_position(curves, beside(args.output, ".png"), beyond)
     numbers = {
         "model": model_args.model,
         "adapter": args.adapter,
@@ -157,7 +171,7 @@ def main(argv=None):
         output = Path(args.output)
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(text, encoding="utf-8")
-        output.with_suffix(".json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
+        beside(output, ".json").write_text(json.dumps(numbers, indent=2) + "\n", encoding="utf-8")
     print(text)
     return numbers
 

@@ -22,11 +22,13 @@ from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_source
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum
+from infini_hf.data.documents import check_count
 from infini_hf.evaluation.controls import closed_memory
+from infini_hf.evaluation.outputs import check_output
+from infini_hf.evaluation.reader import reader_of
 from infini_hf.evaluation.summaries import PAPER_DECODING, summarize
 from infini_hf.evaluation.summary_file import SummaryFile
-from infini_hf.snapshot import digest_text, fingerprint
-from infini_hf.streaming import require_patched
+from infini_hf.snapshot import digest_text
 
 
 @dataclass
@@ -53,6 +55,12 @@ class SummaryArguments:
     seed: int = field(default=0, metadata={"help": "of every summary alike, so that order and resuming do not matter"})
     device: str | None = field(default=None, metadata={"help": "cuda, cpu …; the best one by default"})
 
+    def __post_init__(self):
+        for name in ("max_text_tokens", "max_new_tokens", "limit"):
+            if getattr(self, name) is not None:
+                check_count(name, getattr(self, name))
+        check_output(self.output)
+
     def texts(self):
         """`(id, text, reference)` of everything to summarise."""
         if (self.source is None) == (self.text_file is None):
@@ -67,7 +75,7 @@ class SummaryArguments:
     def decoding(self):
         if not self.temperature:
             return {"do_sample": False, "max_new_tokens": self.max_new_tokens}
-        options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p}
+        options = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
         return {**options, "max_new_tokens": self.max_new_tokens}
 
     def reader(self, model):
@@ -87,7 +95,7 @@ def main(argv=None):
     model, tokenizer = model_args.load(args.adapter)
     model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
     # A model or adapter that was trained again has its old name.
-    file.require(weights=digest_text(fingerprint(require_patched(model).get_decoder())))
+    file.require(weights=digest_text(reader_of(model)))
     print(f"{file.path}: {there} of {len(texts)} summaries already there")
     try:
         with closed_memory(model) if args.closed else nullcontext():

@@ -87,6 +87,16 @@ def test_a_file_read_already_is_skipped_and_a_new_one_follows(run, book, memory,
     assert_same_state(InfiniCache.from_pretrained(memory, model=model), cache)
 
 
+def test_a_text_that_follows_a_memory_made_elsewhere_does_not_begin_it(run, book, memory, monkeypatch):
+    # The cache knows its model while there is one.
+    _model, _, cache = reference(OTHER)
+    cache.save_pretrained(memory)
+    begun, encode = [], read_module.encode
+    monkeypatch.setattr(read_module, "encode", lambda *args, first: begun.append(first) or encode(*args, first=first))
+    run("read", "tiny-llama", book, "--memory", memory, *EXACT)
+    assert begun == [False]
+
+
 def test_interrupted_reading_is_saved_and_goes_on(run, book, memory, monkeypatch):
     calls, stock = [], read_module.prefill
 

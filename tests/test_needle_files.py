@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
-from models import open_gates
+from models import build_patched, open_gates
 from peft import get_peft_model
 from prose import PROSE, SEGMENT
 from transformers import AutoTokenizer
@@ -21,8 +21,9 @@ from infini_hf.data.needle_tasks import PasskeyTask
 from infini_hf.evaluation.needles.report import write_report
 from infini_hf.evaluation.needles.runner import describe, run_needles
 from infini_hf.evaluation.needles.samples import Sample, SampleFile, merge
-from infini_hf.evaluation.needles.streams import Cell, Haystacks
+from infini_hf.evaluation.needles.streams import DEPTHS, Cell, Haystacks
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
+from infini_hf.evaluation.reader import reader_of
 from infini_hf.lora import lora_config
 
 
@@ -81,6 +82,30 @@ def test_files_of_two_processes_make_one_table(tmp_path):
     SampleFile(tmp_path / "c.jsonl", {"seed": 1}).append([sample()])
     with pytest.raises(ValueError, match=r"c\.jsonl: holds another evaluation \(seed 1 there and 0 here\)"):
         merge([one.path, tmp_path / "c.jsonl"])
+
+
+def test_grass_alone_goes_with_novels_of_any_texts(tmp_path):
+    for name, texts, kind in (("a", None, "grass"), ("b", "x", "novel"), ("c", None, "grass"), ("d", "y", "novel")):
+        SampleFile(tmp_path / f"{name}.jsonl", {"seed": 0, "texts": texts}).append(
+            [sample(haystack=kind, number=ord(name))]
+        )
+    about, samples = merge([tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "c.jsonl"])
+    assert (about["texts"], len(samples)) == ("x", 3)
+    with pytest.raises(ValueError, match=r"d\.jsonl: holds another evaluation \(texts y there and x here\)"):
+        merge([tmp_path / "a.jsonl", tmp_path / "b.jsonl", tmp_path / "d.jsonl"])
+
+
+def test_what_answers_beside_the_decoder_belongs_to_an_evaluation():
+    tied, own = (build_patched("llama", overrides={"tie_word_embeddings": tie}) for tie in (True, False))
+    assert reader_of(tied).keys() == {"model", "patch", "weights"}
+    before = reader_of(own)
+    with torch.no_grad():
+        own.lm_head.weight[0, 0] += 1
+    after = reader_of(own)
+    assert before.keys() == after.keys() == {"model", "patch", "weights", "head"}
+    assert [name for name in before if before[name] != after[name]] == ["head"]
+    tied.generation_config.repetition_penalty = 1.5
+    assert reader_of(tied)["decoding"] == {"repetition_penalty": 1.5}
 
 
 def test_token_accuracy_counts_digits_in_their_place():
@@ -142,6 +167,13 @@ def test_a_report_is_written_beside_the_samples(tmp_path):
     assert (tmp_path / "a.md").read_text().splitlines() == ["# name", "", *lines]
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     assert str(tmp_path / "a.png") in note
+
+
+def test_names_with_a_dot_keep_reports_of_their_own(tmp_path):
+    for name in ("llama-3.1", "llama-3.2", "plain"):
+        write_report([sample()], tmp_path / name, name)
+        assert (tmp_path / f"{name}.md").read_text().startswith(f"# {name}")
+    assert (tmp_path / "llama-3.1.md").read_text().startswith("# llama-3.1")
 
 
 def test_a_report_of_baselines_alone_is_one_too(tmp_path):
@@ -224,6 +256,17 @@ def test_a_length_that_fits_the_window_is_said(tmp_path):
     done = invoke("passkey", "tiny-llama", "--lengths", "280", "--output", tmp_path / "p.jsonl", *arguments)
     assert done.exit_code == 0, done.output
     assert "note: 280 tokens fit in one local window of 288" in done.output
+    assert "note: a stream alone in its batch" in done.output
+    # Nobody asked for a depth that such a stream does not have.
+    arguments = [part for part in arguments if part not in ("--depths", "0.5")]
+    options = ["--lengths", "280", "--controls", "memory", "--output", tmp_path / "all.jsonl"]
+    done = invoke("passkey", "tiny-llama", *options, *arguments)
+    assert done.exit_code == 0, done.output
+    assert "note: no needle straddles in less than two segments, 512 tokens" in done.output
+    assert {found.depth for found in SampleFile(tmp_path / "all.jsonl").samples} == set(DEPTHS)
+
+
+PATCH = ["--segment-length", "64", "--device", "cpu"]
 
 
 @pytest.mark.parametrize(
@@ -241,6 +284,10 @@ def test_a_length_that_fits_the_window_is_said(tmp_path):
         (["--task", "key"], "task='key': must be one of"),
         (["--task", "named", "--depths", "0.5"], "--depths 0.5: 8 needles in a stream lie at random"),
         ([], "tiny-llama: is not patched; name a patched checkpoint, or give --segment-length"),
+        (["--output", "."], "output='.': is a folder"),
+        (["--output", "run.md"], "output='run.md': a .md file is written beside the output"),
+        (["--output", "run.png"], "output='run.png': a .png file is written beside the output"),
+        (["--task", "named", "--needles", "98", "--digits", "3", *PATCH], "98 different values were asked for, and"),
     ],
 )
 def test_refusals_come_before_any_reading(arguments, message, monkeypatch, tmp_path):

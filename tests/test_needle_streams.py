@@ -115,6 +115,10 @@ def test_streams_longer_than_the_texts_go_on_with_them(prose_haystacks):
 def test_a_stream_too_short_for_its_needle_is_refused(prose_haystacks, prose_tokenizer):
     with pytest.raises(ValueError, match="a stream of 20 tokens has no room"):
         prose_haystacks.stream(Cell("grass", 20, 0.5), 0)
+    for tokens in (SEGMENT, SEGMENT + 1):
+        long = Haystacks(prose_tokenizer, 30 * SEGMENT, PasskeyTask())
+        with pytest.raises(ValueError, match="the needle cannot straddle a boundary of segments of"):
+            long.layout(Cell("grass", 20 * SEGMENT + tokens, "straddling"), 0)
     with pytest.raises(ValueError, match="haystack='novel': name a folder"):
         Haystacks(prose_tokenizer, SEGMENT, PasskeyTask()).stream(Cell("novel", 1000, 0.5), 0)
 

@@ -10,8 +10,11 @@ import pytest
 import torch
 from models import build, build_patched, gate_parameters, random_ids
 from torch.nn import functional as F
+from transformers import AutoTokenizer
 
 from infini_hf import InfiniConfig, patch_model, prefill, score
+from infini_hf.assets import resolve
+from infini_hf.cli.script_arguments import held_out_split
 from infini_hf.evaluation import ways
 from infini_hf.evaluation.ways import OPTIONS, Way, losses_of_texts, stock
 
@@ -308,9 +311,26 @@ def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
     assert rows["memory"]["perplexity"] == pytest.approx(rows["other"]["perplexity"], rel=1e-5)
     means = numbers["documents"]["memory"]
     assert len(means) == 2
+    assert "ratio to closed:overlap=0" in output.read_text(encoding="utf-8")
     assert "Beyond the first segment: memory" in output.read_text(encoding="utf-8")
     if figure:
         assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    # Of two ways with the gates shut the plain one is the control.
+    plain = [*options[: options.index("--output")], "--ways", "memory", "closed:overlap=0", "closed"]
+    rows = {row["way"]: row for row in script().main(list(map(str, plain)))["comparison"]}
+    assert rows["closed"]["ratio"] is None
+    assert rows["closed:overlap=0"]["ratio"] > 1
+
+
+def test_the_script_measures_the_part_that_was_held_out(tmp_path):
+    for part, word in (("train", "rose"), ("validation", "fell")):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "0.txt").write_text(f"The river {word}.", encoding="utf-8")
+    assert held_out_split(tmp_path) == "validation"
+    assert held_out_split(tmp_path / "train") == held_out_split(tmp_path / "train" / "0.txt") == "train"
+    module, tokenizer = script(), AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+    (ids,) = module.texts_of(tokenizer, module.EvaluationArguments(source=str(tmp_path)))
+    assert "fell" in tokenizer.decode(ids[0])
 
 
 @pytest.mark.parametrize(
@@ -320,6 +340,10 @@ def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
         (["--figure_ways", "hard", "--output", "out.md"], r"figure_ways: \['hard'\] are not among"),
         (["--figure", "true"], "figure: name an output"),
         (["--model", "tiny-llama", "--segment_length", "64", "--ways", "overlap:overlap=65"], "overlap=65"),
+        (["--first_edge", "0"], "first_edge=0: must be at least 1"),
+        (["--max_tokens", "-5"], "max_tokens=-5: must be at least 2"),
+        (["--output", "."], "output='.': is a folder"),
+        (["--output", "out.json"], "output='out.json': a .json file is written beside the output"),
     ],
 )
 def test_the_script_refuses_before_it_reads(tmp_path, options, message):

@@ -74,6 +74,8 @@ def test_values_have_their_form_and_are_of_the_test_part(kind, form):
         (" 67890\n\n12345", 2),
         (" 912345 and 67890", 1),
         (" 12345-67890", 0),
+        (" 12345.67 and 3,67890", 0),
+        (" 12345,67890", 0),
         ("", 0),
     ],
 )

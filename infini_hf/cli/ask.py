@@ -35,7 +35,8 @@ def ask(
     torch.manual_seed(seed)
     options = {"do_sample": temperature > 0}
     if temperature > 0:
-        options.update(temperature=temperature, top_p=top_p)
+        # Transformers would draw from the 50 likeliest tokens alone.
+        options.update(temperature=temperature, top_p=top_p, top_k=0)
     streamer = TextStreamer(tokenizer, skip_special_tokens=True)
     ids = encode(tokenizer, prompt, first=False)
     generate(language_model, ids, cache=cache, max_new_tokens=max_new_tokens, streamer=streamer, **options)

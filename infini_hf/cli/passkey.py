@@ -12,8 +12,9 @@ from ..data.task_registry import TASKS, make_task
 from ..evaluation.needles.questions import ASKED_ALIKE
 from ..evaluation.needles.runner import describe, run_needles
 from ..evaluation.needles.samples import SampleFile, merge
-from ..evaluation.needles.streams import HAYSTACKS, Cell, Haystacks
+from ..evaluation.needles.streams import HAYSTACKS, STRADDLING, Cell, Haystacks
 from ..evaluation.needles.tables import CONTROLS
+from ..evaluation.outputs import check_output
 from .adapters import adapter_patch
 from .common import DEVICE, DTYPE, MODEL, THREADS, load
 from .names import find_adapter, find_model
@@ -77,6 +78,7 @@ def passkey(
         "feature_map": feature_map,
     }
     # Everything that can be refused is, before a model is loaded.
+    check_output(output, (".md", ".png"))
     chosen = make_task(task, needles, digits, keys, values)
     places = parse_depths(depths, chosen)
     kinds = parse_fillers(fillers, haystack, chosen)
@@ -86,10 +88,16 @@ def passkey(
     asked = {name: value for name, value in asked.items() if value is not None}
     folder = None if adapter is None else find_adapter(adapter)
     patch = patch_of(model, asked) if folder is None else adapter_patch(folder, asked)
+    short = {cell for cell in cells if cell.depth == STRADDLING and cell.tokens < 2 * patch.segment_length}
+    # Nobody asked for that depth by name.
+    cells = cells if depths else [cell for cell in cells if cell not in short]
     language_model, tokenizer = load(model, patch, dtype, device, threads, folder)
     haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)
     file = SampleFile(output, describe(language_model, haystacks))
-    for note in notes(cells, ways, patch.longest_window, full_attention_up_to, batch_size):
+    if short and not depths:
+        typer.echo(f"note: no needle straddles in less than two segments, {2 * patch.segment_length:,} tokens")
+    alone = samples if batch_size > samples else batch_size if samples % batch_size == 0 else samples % batch_size
+    for note in notes(cells, ways, patch.longest_window, full_attention_up_to, alone):
         typer.echo(f"note: {note}")
     numbers = range(first, first + samples)
     run_needles(
@@ -107,14 +115,14 @@ def passkey(
     echo_report(file.samples, output, Path(adapter or model).name, file.about)
 
 
-def notes(cells, ways, window, full_attention_up_to, batch_size):
-    """What an evaluation will not show, in sentences, before it begins."""
+def notes(cells, ways, window, full_attention_up_to, last):
+    """What an evaluation will not show, in sentences, before it begins; `last` streams are in its smallest batch."""
     for length in sorted({cell.tokens for cell in cells if cell.tokens <= window}):
         yield f"{length:,} tokens fit in one local window of {window:,}: finding needs no memory there"
     if "full" in ways and any(cell.tokens > full_attention_up_to for cell in cells):
         yield f"full attention is left out beyond {full_attention_up_to:,} tokens"
-    if batch_size == 1 and "other" in ways:
-        yield "--batch-size 1: a stream alone has no other whose memory it could be asked with"
+    if last == 1 and "other" in ways:
+        yield "a stream alone in its batch (--batch-size, --samples) has no other whose memory it could be asked with"
 
 
 def tables(

@@ -60,7 +60,7 @@ def read(
     records = cache.notes.setdefault("files", [])
     for file, text in zip(files, texts, strict=True):
         record = find_record(records, file, text)
-        ids = encode(tokenizer, text, first=record is records[0])
+        ids = encode(tokenizer, text, first=tokens_in(cache) == record["tokens"])
         start = tokens_in(cache) - record["tokens"]
         try:
             read_file(language_model, ids, cache, record, memory, chunk_size, save_every)

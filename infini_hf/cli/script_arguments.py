@@ -191,8 +191,10 @@ def rows_to_draw(args):
 
 
 def held_out_split(source):
-    """What a source calls the texts to measure on: local ones are a folder of their own, with one split."""
-    return "train" if Path(source).exists() else "validation"
+    """What a source calls the texts to measure on: `validation`; of a local one without such a part, all of it."""
+    path = Path(source).expanduser()
+    parts = path.is_dir() and not any(path.glob("*.txt")) and any(path.glob("validation*"))
+    return "validation" if parts or not path.exists() else "train"
 
 
 def command_line(script, argv=None):
@@ -209,7 +211,7 @@ class DocumentArguments:
     eval_source: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
     train_split: str = field(default="train", metadata={"help": "split of train_source"})
     eval_split: str | None = field(
-        default=None, metadata={"help": "default: validation of a hub dataset, all of a local folder or file"}
+        default=None, metadata={"help": "default: validation, or all of a local folder or file that has no such part"}
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the documents"})
     where: str | None = field(default=None, metadata={"help": "keep rows by column=value or column~part of the value"})

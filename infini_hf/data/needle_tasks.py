@@ -6,7 +6,7 @@ and lets the task judge what was generated.
 
 from dataclasses import dataclass
 
-from .needles import NAMES, PASSKEY_HEADER, draw_key, first_answer, named_key_fact, passkey_fact
+from .needles import MOST_DRAWS, NAMES, PASSKEY_HEADER, draw_key, first_answer, named_key_fact, passkey_fact
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,27 @@ def check_digits(digits):
         raise ValueError(f"digits={digits}: must be at least 3")
 
 
+def distinct(draw, count):
+    """`count` different values of a function without arguments, in the order drawn.
+
+    Raises:
+        ValueError: when so many were not found.
+    """
+    values = []
+    for _ in range(MOST_DRAWS * count):
+        if (value := draw()) not in values:
+            values.append(value)
+        if len(values) == count:
+            return values
+    raise ValueError(
+        f"{count} different values were asked for, and there are but {len(values)} such as {values[0]!r}; ask for "
+        "fewer, or for more digits"
+    )
+
+
 def distinct_keys(rng, count, digits):
     """`count` different numbers from the test part of the keys, in the order drawn."""
-    keys = []
-    while len(keys) < count:
-        key = draw_key(rng, digits, "test")
-        if key not in keys:
-            keys.append(key)
-    return keys
+    return distinct(lambda: draw_key(rng, digits, "test"), count)
 
 
 def first_number(text, answers):

@@ -4,7 +4,7 @@ import re
 import uuid
 from dataclasses import dataclass
 
-from .needle_tasks import Question, Trial, check_digits
+from .needle_tasks import Question, Trial, check_digits, distinct
 from .needles import WORDS, draw_key, is_test_key
 
 # What is asked of the needles of a stream, and how many there are by default.
@@ -35,12 +35,7 @@ def draw_value(rng, kind, digits, split):
 
 def draw_values(rng, count, kind, digits, split="test"):
     """`count` different ones, in the order drawn."""
-    values = []
-    while len(values) < count:
-        value = draw_value(rng, kind, digits, split)
-        if value not in values:
-            values.append(value)
-    return values
+    return distinct(lambda: draw_value(rng, kind, digits, split), count)
 
 
 @dataclass(frozen=True)
@@ -122,5 +117,7 @@ class RulerTask:
     def judge(self, text, answers):
         """The generated text on one line, and how many of the answers stand in it as a whole."""
         text = " ".join(text.split())
-        found = sum(bool(re.search(rf"(?<![\w-]){re.escape(answer)}(?![\w-])", text)) for answer in answers)
+        # Not as a part of a word or of a longer number, 12,345 or 12345.6.
+        before, after = r"(?<![\w-])(?<!\d[.,])", r"(?![\w-])(?![.,]\d)"
+        found = sum(bool(re.search(f"{before}{re.escape(answer)}{after}", text)) for answer in answers)
         return text, found

@@ -138,7 +138,7 @@ def comparison_lines(rows, start, base="closed"):
     lines = [
         f"Beyond the first segment (position {start:,} on, {texts} texts), with 95 % intervals over the texts:",
         "",
-        "| read with | perplexity | ratio to closed | tokens |",
+        f"| read with | perplexity | ratio to {base} | tokens |",
         "|---|---|---|---|",
     ]
     for row in rows:

@@ -5,9 +5,9 @@ import torch
 from ..data.booksum import DEFAULT_PROMPT, summarization_prompt
 from ..streaming import generate, prefill, require_patched
 
-# The paper's decoding on BookSum.
-PAPER_DECODING = {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "max_new_tokens": 1024}
-DRAWING = ("temperature", "top_p")
+# The paper's decoding on BookSum; transformers would draw from the 50 likeliest tokens alone.
+PAPER_DECODING = {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "top_k": 0, "max_new_tokens": 1024}
+DRAWING = ("temperature", "top_p", "top_k")
 
 
 def summarize(model, tokenizer, text, prompt=DEFAULT_PROMPT, max_text_tokens=None, **generation):

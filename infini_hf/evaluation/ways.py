@@ -144,11 +144,7 @@ def losses_of_texts(model, way, texts, progress=True):
         with stock(inner):
             return [sliding_losses(inner, ids, *slide) for ids in tqdm(texts, desc=way.text, disable=not progress)]
     if way.name == "other":
-        length = infini_config_of(inner.config).segment_length
-        # A text that ends with its first segment asks for no memory.
-        lenders = [
-            lender_of(texts, index, length) if ids.shape[1] > length + 1 else None for index, ids in enumerate(texts)
-        ]
+        lenders = lenders_of(texts, infini_config_of(inner.config).segment_length)
     shut = way.name in ("closed", "hard", "overlap", "txl")
     losses = []
     window = way.window(infini_config_of(inner.config))
@@ -159,6 +155,15 @@ def losses_of_texts(model, way, texts, progress=True):
             else:
                 losses.append(score(inner, ids, progress=False)[0])
     return losses
+
+
+def lenders_of(texts, length):
+    """For each text the one that lends it its memory; `None` for one that ends with its first segment: it asks none.
+
+    Raises:
+        ValueError: when there is none for a text that needs one.
+    """
+    return [lender_of(texts, index, length) if ids.shape[1] > length + 1 else None for index, ids in enumerate(texts)]
 
 
 def lender_of(texts, index, length):

@@ -1,8 +1,8 @@
 """What an evaluation leaves beside its samples: the tables as markdown, the heat map as PNG."""
 
 import math
-from pathlib import Path
 
+from ..outputs import beside
 from .figures import heat_map
 from .tables import depth_table, result_table, token_table
 
@@ -24,11 +24,10 @@ def write_report(samples, path, title="", about=None):
     """
     if not samples:
         raise ValueError("no samples: the controls asked for need more than one stream in a batch (--batch-size)")
-    path = Path(path)
     lines = result_table(samples)
     for part in (depth_table(samples), token_table(samples), full_note(samples, about)):
         lines += ["", *part] if part else []
-    table, figure = path.with_suffix(".md"), path.with_suffix(".png")
+    table, figure = beside(path, ".md"), beside(path, ".png")
     table.write_text("\n".join([f"# {title}" if title else "# Needles", "", *lines]) + "\n", encoding="utf-8")
     try:
         heat_map(samples, figure, title)

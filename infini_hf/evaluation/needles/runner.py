@@ -7,8 +7,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 from ...cache import InfiniCache
-from ...snapshot import fingerprint
-from ...streaming import require_patched
+from ..reader import reader_of
 from .baselines import BASELINES, baseline
 from .forks import read, read_forked, tokens_to_read
 from .jobs import plan_jobs
@@ -23,7 +22,7 @@ def describe(model, haystacks):
         model (`PreTrainedModel`): a patched model.
         haystacks ([`Haystacks`]): where its streams come from.
     """
-    task, read_by = haystacks.task, fingerprint(require_patched(model).get_decoder())
+    task, read_by = haystacks.task, reader_of(model)
     start = haystacks.start.tolist()
     return {
         **{**read_by, "model": json.loads(read_by["model"]), "patch": json.loads(read_by["patch"])},

@@ -122,10 +122,15 @@ def merge(paths):
     """
     about, merged = None, {}
     for path in paths:
-        file = SampleFile(path, about)
+        file = SampleFile(path)
         if not file.samples:
             raise ValueError(f"{path}: holds no samples")
-        about = file.about
+        if about is not None:
+            # Without a novel there are no texts to differ in.
+            loose = None in (file.about.get("texts"), about.get("texts"))
+            check_same(path, *({**each, "texts": None} if loose else each for each in (file.about, about)))
+        # Of two that differ in the texts, which only novels are made of, the one that has some.
+        about = file.about if (about or {}).get("texts") is None else about
         for sample in file.samples:
             merged.setdefault(sample.identity, sample)
     return about, list(merged.values())

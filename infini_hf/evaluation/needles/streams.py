@@ -11,7 +11,7 @@ from ...data.needles import GRASS
 from ...data.ruler_tasks import RulerTask
 
 DEPTHS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-# A needle that begins before a segment boundary near the middle and ends after it.
+# A needle that begins before the last segment boundary of the first half, or the first of all, and ends after it.
 STRADDLING = "straddling"
 # Every needle of the stream at a random place.
 SPREAD = "spread"
@@ -168,7 +168,7 @@ class Haystacks:
         """Tokens of filler before each needle.
 
         Raises:
-            ValueError: when several needles are to lie at one depth.
+            ValueError: when several needles are to lie at one depth, or one is to straddle where no boundary is.
         """
         if cell.depth == SPREAD:
             return rng.integers(0, room + 1, len(needles)).tolist()
@@ -181,4 +181,10 @@ class Haystacks:
         header = len(self.header)
         boundary = max(1, (header + room // 2) // self.segment_length) * self.segment_length
         before = int(rng.integers(1, len(needles[0])))
-        return [min(room, max(0, boundary - before - header))]
+        cut = boundary - before - header
+        if not 0 <= cut <= room:
+            raise ValueError(
+                f"depth={cell.depth!r}: in a stream of {cell.tokens:,} tokens the needle cannot straddle a boundary "
+                f"of segments of {self.segment_length:,}; leave the depth out, or take longer streams"
+            )
+        return [cut]
