@@ -54,6 +54,7 @@ class MemoryGateCallback(TrainerCallback):
             for group in optimizer.param_groups
             if any(id(parameter) in gates for parameter in group["params"])
         ]
+        self.warn_of_gates_at_rest(model)
         # A wrapped optimizer may hold copies of the parameters: then there is nothing to say.
         rate = max(rates, default=None)
         if rate is not None and rate * state.max_steps < FAR_ENOUGH:
@@ -64,6 +65,16 @@ class MemoryGateCallback(TrainerCallback):
                 state.max_steps,
                 rate * state.max_steps,
                 FAR_ENOUGH,
+            )
+
+    def warn_of_gates_at_rest(self, model):
+        """Say when no memory can ever be read: gates at zero that nobody trains, and nobody closed on purpose."""
+        gates = live_gates(model).values()
+        trained = any(gate.bias.requires_grad or gate.closed for gate in gates)
+        if not trained and not any(values.any() for values in self.start.values()):
+            logger.warning(
+                "no gate is trained, and all are at zero: the memory is written and never read. Make adapters with "
+                "infini_hf.lora.lora_config or add_lora, or give LoraConfig modules_to_save=['memory_gate']"
             )
 
     def note_row(self, segments):

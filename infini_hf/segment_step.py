@@ -98,11 +98,15 @@ def shift_weights(weights):
     return F.pad(weights.float(), (0, 1))[:, 1:].contiguous()
 
 
-def used_columns(input_ids, attention_mask):
-    """Columns up to the last token of the longest row, at least one."""
+def used_columns(input_ids, attention_mask, targets=None):
+    """Columns up to the last token of the longest row, or the last that is learned from, at least one.
+
+    Targets at padding are learned by the stock trainer, and counted among those that a loss is divided by.
+    """
     if attention_mask is None:
         return input_ids.shape[1]
-    used = attention_mask.any(0).nonzero()
+    used = attention_mask.any(0)
+    used = (used if targets is None else used | (targets != IGNORED).any(0)).nonzero()
     return max(1, int(used[-1]) + 1 if len(used) else 0)
 
 
@@ -114,13 +118,14 @@ def cut_segments(input_ids, attention_mask, targets, length, trim=True, weights=
         attention_mask (`torch.Tensor`, *optional*): `(batch, seq_len)`, 0 at padding.
         targets (`torch.Tensor`, *optional*): `(batch, seq_len)` int64, as from [`shift_labels`].
         length (`int`): columns of a segment.
-        trim (`bool`, *optional*, defaults to `True`): leave out the columns after the last token of the longest row.
+        trim (`bool`, *optional*, defaults to `True`): leave out the columns after the last token of the longest row
+            and the last target.
         weights (`torch.Tensor`, *optional*): `(batch, seq_len)` float32, what the loss of each target counts.
 
     Returns:
         `list[Segment]`
     """
-    columns = used_columns(input_ids, attention_mask) if trim else input_ids.shape[1]
+    columns = used_columns(input_ids, attention_mask, targets) if trim else input_ids.shape[1]
     wholes = [None if whole is None else whole[:, :columns] for whole in (input_ids, attention_mask, targets, weights)]
     return [
         Segment(*(None if whole is None else whole[:, start : start + length].contiguous() for whole in wholes))

@@ -65,9 +65,10 @@ class SharedRows:
             ValueError: on all of its ranks, when they were given different rows, labels or weights.
             NotImplementedError: on all of its ranks, for rows that are padded to one length.
         """
-        columns = used_columns(input_ids, attention_mask)
+        targets = shift_labels(labels)
+        columns = used_columns(input_ids, attention_mask, targets)
         padded = attention_mask is not None and not bool(attention_mask[:, :columns].all())
-        input_ids, targets = input_ids[:, :columns], shift_labels(labels)[:, :columns]
+        input_ids, targets = input_ids[:, :columns], targets[:, :columns]
         weights = None if loss_weights is None else shift_weights(loss_weights)[:, :columns]
         self.check_alike(input_ids, targets, weights)
         if padded:

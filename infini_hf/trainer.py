@@ -11,7 +11,7 @@ from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet
 from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
-from .data.whole_stream import whole_stream
+from .data.whole_stream import filled_stream, whole_stream
 from .dilution import MemoryDilution
 from .distillation import Distillation
 from .lanes import Lanes
@@ -155,8 +155,10 @@ class InfiniTrainer(ResumableTrainer):
         with nullcontext() if self.shared_rows is None else self.shared_rows.dealing():
             return super().get_train_dataloader()
 
-    def _get_dataloader(self, dataset, *args, **kwargs):
-        return super()._get_dataloader(whole_stream(dataset, self.args.world_size), *args, **kwargs)
+    def _get_dataloader(self, dataset, description, batch_size, *args, is_training=False, **kwargs):
+        world = self.args.world_size
+        dataset = whole_stream(dataset, world) if is_training else filled_stream(dataset, world, batch_size * world)
+        return super()._get_dataloader(dataset, description, batch_size, *args, is_training=is_training, **kwargs)
 
     def get_cp_size(self):
         # By what the stock trainer knows of processes that share rows, it counts tokens and rows.

@@ -100,18 +100,20 @@ def run_trainer(folder, kind, carry):
     )
     # Ten rows leave a last batch that is not full.
     data = train = weighted_rows() if kind.startswith("shared") else rows()
+    held_out = data.select(range(10))
     if kind == "stream":
         # Without lanes by length, so that batches of the two ranks differ in width.
         # Shards of unequal length, which would end at different steps.
         stream = Dataset.from_list(list(data) if carry else by_length(data)).to_iterable_dataset(num_shards=3)
         train = lane_stream(stream, GLOBAL_BATCH) if carry else stream
+        held_out = held_out.to_iterable_dataset(num_shards=2)
 
     def make(model):
         return InfiniTrainer(
             model=model,
             args=args,
             train_dataset=train,
-            eval_dataset=data.select(range(10)),
+            eval_dataset=held_out,
             data_collator=InfiniCollator(Tokenizer()),
         )
 

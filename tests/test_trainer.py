@@ -16,6 +16,7 @@ from peft import LoraConfig, get_peft_model
 from reading import assert_close, read_whole
 from training import (
     CARRY,
+    SEGMENT,
     StubTokenizer,
     assert_equal_tensors,
     assert_same_gradients,
@@ -29,7 +30,7 @@ from training import (
 )
 from transformers import EarlyStoppingCallback, Trainer, TrainingArguments, default_data_collator
 
-from infini_hf import InfiniTrainingArguments, score
+from infini_hf import InfiniConfig, InfiniTrainingArguments, patch_model, score
 from infini_hf.callbacks import MemoryGateCallback, gate_values
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.trainer_checks import refuse_what_cannot_work
@@ -81,6 +82,27 @@ def test_gradients_are_those_of_the_stock_trainer(tmp_path, family, checkpointin
     stock = make_trainer(tmp_path, tiny_model(family, **CARRY), uneven_rows(), kind=Trainer, **options)
     assert_same_gradients(ours, first_gradients(stock))
     assert any(layer.gradient_checkpointing for layer in stock.model.model.layers) is (checkpointing is not None)
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_labels_at_padding_are_learned_and_counted_as_by_the_stock_trainer(tmp_path, side):
+    rows = []
+    for number, length in enumerate((20, 11)):
+        ids, mask = random_ids(1, length, seed=number)[0].tolist(), [1] * length
+        padding = [0] * (6 * SEGMENT - length)
+        pieces = (ids + padding, mask + padding) if side == "right" else (padding + ids, padding + mask)
+        rows.append({"input_ids": pieces[0], "labels": pieces[0], "attention_mask": pieces[1]})
+    options = {"parts": {"data_collator": default_data_collator}, **ONE_STEP}
+    ours = make_trainer(tmp_path, tiny_model(), rows, **options)
+    stock = make_trainer(tmp_path, tiny_model(), rows, kind=Trainer, **options)
+    assert_same_gradients(first_gradients(ours), first_gradients(stock))
+    assert logged(ours, "loss") == pytest.approx(logged(stock, "loss"), rel=1e-5)
+    ours.args.per_device_eval_batch_size = 1
+    alone = ours.evaluate(Dataset.from_list(rows))
+    ours.args.per_device_eval_batch_size = 2
+    together = ours.evaluate(Dataset.from_list(rows))
+    assert alone["eval_tokens"] == together["eval_tokens"] == 2 * (6 * SEGMENT - 1)
+    assert alone["eval_loss"] == pytest.approx(together["eval_loss"], rel=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
@@ -308,6 +330,21 @@ def test_gates_that_cannot_learn_are_warned_of_once(tmp_path, caplog, options, l
     messages = [record.getMessage() for record in caplog.records if record.name == "infini_hf.callbacks"]
     assert len(messages) == len(warnings)
     assert all(message.startswith(start) for message, start in zip(messages, warnings, strict=True))
+
+
+def test_adapters_without_gates_are_warned_of(tmp_path, caplog):
+    """What a LoRA of PEFT's own makes of a fresh patch: gates at zero for ever."""
+    options = {"r": 2, "target_modules": ["q_proj", "v_proj"]}
+    told = "no gate is trained, and all are at zero: the memory is written and never read"
+    for gates, modules, warned in ((0.0, None, True), (0.5, None, False), (0.0, ["memory_gate"], False)):
+        model = patch_model(build("llama"), InfiniConfig(SEGMENT))
+        with torch.no_grad():
+            for bias in gate_parameters(model).values():
+                bias.fill_(gates)
+        adapted = get_peft_model(model, LoraConfig(**options, modules_to_save=modules))
+        caplog.clear()
+        make_trainer(tmp_path, adapted, equal_rows(4), max_steps=1).train()
+        assert (told in caplog.text) == warned
 
 
 def test_the_gates_are_drawn_at_the_end(tmp_path, caplog, monkeypatch):

@@ -2,6 +2,8 @@
 
 import torch
 
+from .collator import IGNORED
+
 
 class WholeStream(torch.utils.data.IterableDataset):
     """Hides from accelerate that a stream has several shards.
@@ -22,6 +24,41 @@ class WholeStream(torch.utils.data.IterableDataset):
     def set_epoch(self, epoch):
         """Shuffle a stream that is shuffled anew."""
         self.dataset.set_epoch(epoch)
+
+
+class FilledStream(WholeStream):
+    """A stream whose last batch is full: rows follow that are read and of which nothing is counted.
+
+    Accelerate fills it with the first rows once more, and of a stream cannot tell afterwards how many these were.
+
+    Args:
+        dataset (`torch.utils.data.IterableDataset`): the stream; rows without `labels` are left as they are.
+        size (`int`): rows of a batch of all processes.
+    """
+
+    def __init__(self, dataset, size):
+        super().__init__(dataset)
+        self.size = size
+
+    def __iter__(self):
+        count, row = 0, {}
+        for row in self.dataset:
+            count += 1
+            yield row
+        if "labels" in row:
+            for _ in range(-count % self.size):
+                yield {**row, "labels": nothing_of(row["labels"])}
+
+
+def nothing_of(labels):
+    """Labels of the same length and kind that count for nothing."""
+    return torch.full_like(labels, IGNORED) if isinstance(labels, torch.Tensor) else [IGNORED] * len(labels)
+
+
+def filled_stream(dataset, processes, size):
+    """A dataset as several processes evaluate it: a stream with full batches of `size` rows, others as they are."""
+    several = processes > 1 and isinstance(dataset, torch.utils.data.IterableDataset)
+    return FilledStream(dataset, size) if several else dataset
 
 
 def whole_stream(dataset, processes):
