@@ -2,8 +2,8 @@
 
 Every segment but the last is one call of `torch.utils.checkpoint` whose inputs and outputs are the whole carried
 state, so that the graph of a step holds that state once a segment and the activations of the segment at work alone.
-The last segment is the first that the backward pass needs: it keeps its activations, and it is the one call that goes
-through the wrapper of data parallelism, which counts one forward for one backward.
+The last segment is the first that the backward pass needs: it keeps its activations. The last that reads a token is
+the one call that goes through the wrapper of data parallelism, which counts one forward for one backward.
 """
 
 import contextlib
@@ -172,6 +172,7 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
             "memory_scale for the segments of each rank's run to the model, or leave dilution out"
         )
     total, began, length = 0.0, cache.seen, cache.infini_config.segment_length
+    wrapped = -1 if options.wrapper is None else last_with_tokens(segments)
     for _ in range(options.filling):
         total = total + read_segment(model, filling_of(segments), forgotten(cache), num_items, options, True)[0]
     for index, segment in enumerate(segments):
@@ -180,7 +181,7 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
         if observer.watch is not None:
             observer.watch(index, cache)
         last = index + 1 == len(segments)
-        target = options.wrapper if last and options.wrapper is not None else model
+        target = options.wrapper if index == wrapped else model
         scale = None if options.write_scale is None else scale_now(options.write_scale, began, cache.seen, length)
         recompute = options.recompute and not last
         release = recompute and index % RELEASE_EVERY == 0 and segment.input_ids.numel() >= WORTH_RELEASING
@@ -190,6 +191,15 @@ def segment_major_loss(model, segments, cache, num_items, options=StepOptions(),
                 tell(note)
         total = total + loss
     return total, cache
+
+
+def last_with_tokens(segments):
+    """The last segment that reads something: it reaches every parameter, as data parallelism expects of its call."""
+    for index in range(len(segments) - 1, 0, -1):
+        mask = segments[index].attention_mask
+        if mask is None or bool(mask.any()):
+            return index
+    return 0
 
 
 def scale_now(write_scale, began, seen, length):

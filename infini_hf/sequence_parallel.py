@@ -3,6 +3,8 @@
 Ranks exchange the state of the memory, layer by layer, and nothing that grows with the row.
 """
 
+import copy
+
 import torch
 from torch import distributed
 
@@ -59,7 +61,7 @@ class SequenceParallelCache(InfiniCache):
             raise TypeError(f"cache is a {type(cache).__name__}: pass an InfiniCache, as from cache.to_infini_cache()")
         twin, group = object.__new__(cls), row_group(group)
         twin.__dict__.update(cache.__dict__)
-        twin.group, twin.layers = group, []
+        twin.group, twin.layers, twin.notes = group, [], copy.deepcopy(cache.notes)
         for layer in cache.layers:
             twin.layers.append(SequenceParallelLayer(layer.infini_config, group))
             twin.layers[-1].__dict__.update({**vars(layer), "group": group, "split": None})
@@ -69,7 +71,7 @@ class SequenceParallelCache(InfiniCache):
         """The same state as an [`InfiniCache`], for what every rank then does alike, such as generation."""
         twin = object.__new__(InfiniCache)
         twin.__dict__.update({name: value for name, value in vars(self).items() if name != "group"})
-        twin.layers = []
+        twin.layers, twin.notes = [], copy.deepcopy(self.notes)
         for layer in self.layers:
             twin.layers.append(InfiniLayer(layer.infini_config))
             kept = {name: value for name, value in vars(layer).items() if name not in ("group", "split")}

@@ -3,11 +3,14 @@
 from itertools import islice, pairwise
 
 import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader
 from datasets import Dataset, IterableDataset
+from torch.utils.data import DataLoader
 from training import tiny_rows
 
 from infini_hf.data.lane_order import LaneSampler, interleave, lane_stream
-from infini_hf.data.whole_stream import WholeStream, whole_stream
+from infini_hf.data.whole_stream import WholeStream, filled_stream, whole_stream
 
 UNEVEN = [(document, part) for document, parts in enumerate((5, 1, 3, 2, 7, 1, 1)) for part in range(parts)]
 
@@ -117,6 +120,29 @@ def test_a_streamed_dataset_becomes_one_in_lane_order():
     assert isinstance(stream, IterableDataset)
     assert list(stream) == list(interleave(iter(rows), 2))
     assert list(stream) == list(stream)
+
+
+class PlainStream(torch.utils.data.IterableDataset):
+    """Five rows of torch alone, without epochs."""
+
+    def __iter__(self):
+        yield from ({"input_ids": [n], "labels": [n]} for n in range(5))
+
+
+def test_a_stream_of_torch_alone_is_filled_with_rows_that_count_for_nothing():
+    shards = [
+        prepare_data_loader(
+            DataLoader(filled_stream(PlainStream(), 2, 4), batch_size=2, collate_fn=list),
+            num_processes=2,
+            process_index=process,
+            put_on_device=False,
+            dispatch_batches=False,
+        )
+        for process in range(2)
+    ]
+    rows = [row for shard in shards for batch in shard for row in batch]
+    assert sorted(row["labels"][0] for row in rows) == [-100, -100, -100, 0, 1, 2, 3, 4]
+    assert filled_stream(PlainStream(), 1, 4).__class__ is PlainStream
 
 
 def test_a_whole_stream_is_shuffled_with_the_one_it_holds():

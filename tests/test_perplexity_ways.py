@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from infini_hf import InfiniConfig, patch_model, prefill, score
 from infini_hf.assets import resolve
 from infini_hf.cli.script_arguments import held_out_split
+from infini_hf.data.documents import load_documents
 from infini_hf.evaluation import ways
 from infini_hf.evaluation.ways import OPTIONS, Way, losses_of_texts, stock
 
@@ -328,6 +329,16 @@ def test_the_script_measures_the_part_that_was_held_out(tmp_path):
         (tmp_path / part / "0.txt").write_text(f"The river {word}.", encoding="utf-8")
     assert held_out_split(tmp_path) == "validation"
     assert held_out_split(tmp_path / "train") == held_out_split(tmp_path / "train" / "0.txt") == "train"
+    for number, names in enumerate((("train.jsonl", "dev.jsonl"), ("data/train.jsonl", "data/validation.jsonl"))):
+        for name in names:
+            path = tmp_path / f"lines{number}" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps({"text": name}) + "\n", encoding="utf-8")
+        folder = tmp_path / f"lines{number}"
+        (text,) = load_documents(folder, held_out_split(folder))
+        assert text["text"] == names[1]
+    (folder / "data" / "validation.jsonl").rename(folder / "data" / "validation.log")
+    assert held_out_split(folder) == "train"
     module, tokenizer = script(), AutoTokenizer.from_pretrained(resolve("tiny-llama"))
     (ids,) = module.texts_of(tokenizer, module.EvaluationArguments(source=str(tmp_path)))
     assert "fell" in tokenizer.decode(ids[0])

@@ -443,7 +443,7 @@ def test_summaries_are_written_one_line_a_text_and_not_twice(adapted, data, tmp_
     assert all(row["summary"] for row in rows)
     reader = {"model": "tiny-llama", "adapter": str(adapter), "closed": False, "source": str(data / "pairs")}
     reader |= {"split": "test", "level": None, "prompt": DEFAULT_PROMPT, "max_text_tokens": None, "seed": 0}
-    reader |= {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "max_new_tokens": 6}
+    reader |= {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "top_k": 0, "max_new_tokens": 6}
     for row in rows:
         assert len(row["reader"].pop("weights")) == 16
         assert row["reader"] == reader
@@ -492,7 +492,7 @@ def test_the_adapter_and_the_memory_matter_to_a_summary(adapted, data, tmp_path,
     closed = ["--adapter", adapted[0] / "final", "--closed", "--temperature", 0, "--max_text_tokens", 77]
     summarize(data, tmp_path / "closed.jsonl", "--limit", 1, *closed)
     summarize(data, tmp_path / "base.jsonl", "--limit", 1)
-    sampled = {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "max_new_tokens": 6}
+    sampled = {"do_sample": True, "temperature": 0.5, "top_p": 0.95, "top_k": 0, "max_new_tokens": 6}
     greedy = {"do_sample": False, "max_new_tokens": 6}
     assert seen == [
         ("PeftModelForCausalLM", True, None, sampled),

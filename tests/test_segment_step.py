@@ -17,6 +17,7 @@ from infini_hf.segment_step import (
     StepObserver,
     StepOptions,
     cut_segments,
+    last_with_tokens,
     score_segments,
     segment_major_loss,
     shift_labels,
@@ -419,3 +420,14 @@ def test_free_pages_go_back_before_every_second_segment_that_is_computed_twice(r
     # Which segment was read next, in the forward pass and, from the last but one on, in the backward pass.
     order = [next(i for i, part in enumerate(segments) if torch.equal(part.input_ids, ids)) for ids in reading]
     assert [order[count] for count in at] == expected
+
+
+def test_the_call_through_the_wrapper_reads_something():
+    """Data parallelism waits for every parameter, and a segment of padding alone reaches no keys and values."""
+    ids = random_ids(2, 32)
+    mask = torch.ones_like(ids)
+    mask[:, 12:] = 0
+    segments = cut_segments(ids, mask, shift_labels(ids), 8)
+    assert (len(segments), last_with_tokens(segments)) == (4, 1)
+    assert last_with_tokens(cut_segments(ids, None, None, 8)) == 3
+    assert last_with_tokens(cut_segments(ids, torch.zeros_like(ids), shift_labels(ids), 8)) == 0

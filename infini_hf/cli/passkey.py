@@ -9,6 +9,7 @@ from transformers import AutoConfig
 from ..data.base_rows import read_texts
 from ..data.ruler_tasks import KEYS, VALUES
 from ..data.task_registry import TASKS, make_task
+from ..evaluation.needles.jobs import batches_of
 from ..evaluation.needles.questions import ASKED_ALIKE
 from ..evaluation.needles.runner import describe, run_needles
 from ..evaluation.needles.samples import SampleFile, merge
@@ -88,18 +89,19 @@ def passkey(
     asked = {name: value for name, value in asked.items() if value is not None}
     folder = None if adapter is None else find_adapter(adapter)
     patch = patch_of(model, asked) if folder is None else adapter_patch(folder, asked)
-    short = {cell for cell in cells if cell.depth == STRADDLING and cell.tokens < 2 * patch.segment_length}
-    # Nobody asked for that depth by name.
-    cells = cells if depths else [cell for cell in cells if cell not in short]
     language_model, tokenizer = load(model, patch, dtype, device, threads, folder)
     haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)
     file = SampleFile(output, describe(language_model, haystacks))
-    if short and not depths:
-        typer.echo(f"note: no needle straddles in less than two segments, {2 * patch.segment_length:,} tokens")
-    alone = samples if batch_size > samples else batch_size if samples % batch_size == 0 else samples % batch_size
-    for note in notes(cells, ways, patch.longest_window, full_attention_up_to, alone):
-        typer.echo(f"note: {note}")
     numbers = range(first, first + samples)
+    if not depths:
+        # Nobody asked for that depth by name.
+        short = [cell for cell in cells if cell.depth == STRADDLING and not all_straddle(haystacks, cell, numbers)]
+        cells = [cell for cell in cells if cell not in short]
+        for length in sorted({cell.tokens for cell in short}):
+            typer.echo(f"note: in {length:,} tokens not every needle can straddle a boundary: that depth is left out")
+    smallest = min(map(len, batches_of(list(numbers), batch_size)))
+    for note in notes(cells, ways, patch.longest_window, full_attention_up_to, smallest):
+        typer.echo(f"note: {note}")
     run_needles(
         language_model,
         tokenizer,
@@ -113,6 +115,14 @@ def passkey(
         full_attention_up_to,
     )
     echo_report(file.samples, output, Path(adapter or model).name, file.about)
+
+
+def all_straddle(haystacks, cell, numbers):
+    """Whether the needle of every stream of a cell straddles a segment boundary."""
+    try:
+        return all(haystacks.layout(cell, number) for number in numbers)
+    except ValueError:
+        return False
 
 
 def notes(cells, ways, window, full_attention_up_to, last):

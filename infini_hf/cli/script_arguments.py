@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
-from ..data.documents import check_count, load_documents, written
+from ..data.documents import READERS, check_count, load_documents, written
 from ..data.lane_order import lane_stream
 from ..data.packing import pack_documents
 from .adapters import adapter_patch, load_adapted
@@ -190,11 +190,20 @@ def rows_to_draw(args):
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * groups
 
 
+# What `datasets` takes for the validation part.
+HELD_OUT = ("validation", "valid", "dev")
+
+
 def held_out_split(source):
     """What a source calls the texts to measure on: `validation`; of a local one without such a part, all of it."""
     path = Path(source).expanduser()
-    parts = path.is_dir() and not any(path.glob("*.txt")) and any(path.glob("validation*"))
-    return "validation" if parts or not path.exists() else "train"
+    if not path.exists():
+        return "validation"
+    if not path.is_dir() or any(path.glob("*.txt")):
+        return "train"
+    # As `datasets` finds it: files or folders of that name, beside the others or in a folder `data`.
+    found = [part for place in (path, path / "data") for name in HELD_OUT for part in place.glob(f"{name}*")]
+    return "validation" if any(part.is_dir() or part.suffix in (".txt", *READERS) for part in found) else "train"
 
 
 def command_line(script, argv=None):

@@ -40,6 +40,11 @@ class FilledStream(WholeStream):
         super().__init__(dataset)
         self.size = size
 
+    def set_epoch(self, epoch):
+        # Streams of torch alone have no epochs.
+        if hasattr(self.dataset, "set_epoch"):
+            self.dataset.set_epoch(epoch)
+
     def __iter__(self):
         count, row = 0, {}
         for row in self.dataset:

@@ -12,6 +12,11 @@ DECODING = (
 ).split()
 
 
+def has_adapter(head):
+    """Whether PEFT has put weights beside those of an output head."""
+    return head is not None and "merged_adapters" in vars(head)
+
+
 def reader_of(model):
     """What must be the same for two answers to be by one reader, as a dict that JSON can hold.
 
@@ -27,8 +32,9 @@ def reader_of(model):
     """
     inner = require_patched(model)
     decoder, head = inner.get_decoder(), inner.get_output_embeddings()
-    shared = {id(parameter) for parameter in decoder.parameters()}
-    has_own = head is not None and any(id(parameter) not in shared for parameter in head.parameters())
+    # By name, not by identity: offloaded weights are stand-ins, of which no two are the same.
+    tied = inner.config.get_text_config(decoder=True).tie_word_embeddings and not has_adapter(head)
+    has_own = head is not None and not tied
     # As JSON gives it back.
     settings = json.loads(json.dumps(inner.generation_config.to_diff_dict(), default=str))
     decoding = {name: settings[name] for name in DECODING if settings.get(name) is not None}

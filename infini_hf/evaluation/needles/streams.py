@@ -181,10 +181,11 @@ class Haystacks:
         header = len(self.header)
         boundary = max(1, (header + room // 2) // self.segment_length) * self.segment_length
         before = int(rng.integers(1, len(needles[0])))
-        cut = boundary - before - header
-        if not 0 <= cut <= room:
+        # Drawn among all cuts at which it straddles, and moved into those that there are.
+        least, most = max(0, boundary - header - len(needles[0]) + 1), min(room, boundary - header - 1)
+        if least > most:
             raise ValueError(
                 f"depth={cell.depth!r}: in a stream of {cell.tokens:,} tokens the needle cannot straddle a boundary "
                 f"of segments of {self.segment_length:,}; leave the depth out, or take longer streams"
             )
-        return [cut]
+        return [min(max(boundary - before - header, least), most)]
