@@ -575,7 +575,7 @@ def test_one_text_file_can_be_summarised(data, tmp_path):
         with pytest.raises(ValueError, match=r"source .* or text_file"):
             run("summarize", None, "--output", tmp_path / "none.jsonl", *options, *wrong)
     with pytest.raises(ValueError, match="max_text_tokens=0: must be at least 1"):
-        run("summarize", None, "--text_file", text, "--output", tmp_path / "none.jsonl", "--max_text_tokens", 0)
+        run("summarize", None, "--output", tmp_path / "none.jsonl", *options, "--max_text_tokens", 0)
     with pytest.raises(ValueError, match=r"text .*/0\.tx: there is no such file \(did you mean .*/0\.txt\?\)"):
         run("summarize", None, "--text_file", text.with_suffix(".tx"), "--output", tmp_path / "none.jsonl", *options)
 
