@@ -100,6 +100,7 @@ def perplexity(model_args, args):
     reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
     texts = texts_of(tokenizer, args)
     if any(way.name == "other" for way in ways):
+        # Refused now, not after the ways before it.
         lenders_of(texts, patch.segment_length)
     losses = {way.text: losses_of_texts(model, way, texts) for way in ways}
     longest = max(ids.shape[1] for ids in texts) - 1

@@ -1,6 +1,6 @@
 """A training run for `tests/test_distributed.py`, started once for each process: writes its losses as JSON.
 
-python tests/distributed_run.py {trainer,stream,shared1,shared2,zero2,zero3,fsdp} OUTPUT_DIR {carry,fresh}
+python tests/distributed_run.py {trainer,stream,padded,shared1,shared2,zero2,zero3,fsdp} OUTPUT_DIR {carry,fresh}
 """
 
 import json
@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from models import build_patched, random_ids
 from torch import distributed
+from transformers import default_data_collator
 
 from infini_hf import InfiniCache, InfiniTrainer, InfiniTrainingArguments
 from infini_hf.data.collator import InfiniCollator
@@ -53,6 +54,18 @@ def weighted_rows():
     for row in data[1::3]:
         row["labels"] = [-100] * 17 + row["labels"][17:18] + [-100] * (len(row["labels"]) - 18)
     return Dataset.from_list(data[1::2] + data[::2])
+
+
+def padded_rows():
+    """The same padded to one length, of which the last segment has no token, with labels at the padding as well."""
+    data = []
+    for row in rows():
+        padding = [0] * (6 * SEGMENT - len(row["input_ids"]))
+        mask = [1] * len(row["input_ids"]) + padding
+        data.append(
+            {"input_ids": row["input_ids"] + padding, "labels": row["labels"] + padding, "attention_mask": mask}
+        )
+    return Dataset.from_list(data)
 
 
 def by_length(examples):
@@ -100,6 +113,7 @@ def run_trainer(folder, kind, carry):
     )
     # Ten rows leave a last batch that is not full.
     data = train = weighted_rows() if kind.startswith("shared") else rows()
+    data = train = padded_rows() if kind == "padded" else data
     held_out = data.select(range(10))
     if kind == "stream":
         # Without lanes by length, so that batches of the two ranks differ in width.
@@ -114,7 +128,7 @@ def run_trainer(folder, kind, carry):
             args=args,
             train_dataset=train,
             eval_dataset=held_out,
-            data_collator=InfiniCollator(Tokenizer()),
+            data_collator=default_data_collator if kind == "padded" else InfiniCollator(Tokenizer()),
         )
 
     trainer = make(model)

@@ -38,8 +38,10 @@ def port():
         return str(probe.getsockname()[1])
 
 
-@pytest.mark.parametrize("kind", ["trainer", "stream"])
-@pytest.mark.parametrize("memory", ["fresh", "carry"])
+@pytest.mark.parametrize(
+    ("kind", "memory"),
+    [("trainer", "fresh"), ("trainer", "carry"), ("stream", "fresh"), ("stream", "carry"), ("padded", "fresh")],
+)
 def test_ddp_follows_the_loss_curve_of_one_process(tmp_path, memory, kind):
     alone = run([], kind, tmp_path / "one", memory)
     both = run([*ACCELERATE, "--main_process_port", port()], kind, tmp_path / "two", memory)

@@ -13,6 +13,7 @@ PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
     "version assets data heap memory dilution sharding output_head collectives fast_paths windows retrieval_losses",
+    "step_options",
     "config segments inputs call_arguments segment_step training_args local_attention memory_read",
     "gate generation_options",
     "layer_state memory_maps parameter_groups",

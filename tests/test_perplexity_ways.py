@@ -323,6 +323,17 @@ def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
     assert rows["closed:overlap=0"]["ratio"] > 1
 
 
+def test_a_text_without_another_is_refused_before_any_is_read(tmp_path, monkeypatch):
+    (tmp_path / "novels").mkdir()
+    write_texts(tmp_path / "novels", words=(200,))
+    module, read = script(), []
+    monkeypatch.setattr(module, "losses_of_texts", lambda *args: read.append(args))
+    options = ["--source", tmp_path / "novels", "--segment_length", 64, "--device", "cpu"]
+    with pytest.raises(ValueError, match="way 'other': reads text 0 with the memory of another"):
+        module.main(list(map(str, [*options, "--ways", "memory", "other"])))
+    assert not read
+
+
 def test_the_script_measures_the_part_that_was_held_out(tmp_path):
     for part, word in (("train", "rose"), ("validation", "fell")):
         (tmp_path / part).mkdir()

@@ -1,4 +1,4 @@
-"""A stream that every process reads as a whole, and of whose batches it keeps its own."""
+"""Streams as several processes read them: each the whole, of whose batches it keeps its own; and with full batches."""
 
 import torch
 
@@ -26,7 +26,7 @@ class WholeStream(torch.utils.data.IterableDataset):
         self.dataset.set_epoch(epoch)
 
 
-class FilledStream(WholeStream):
+class FilledStream(torch.utils.data.IterableDataset):
     """A stream whose last batch is full: rows follow that are read and of which nothing is counted.
 
     Accelerate fills it with the first rows once more, and of a stream cannot tell afterwards how many these were.
@@ -37,8 +37,7 @@ class FilledStream(WholeStream):
     """
 
     def __init__(self, dataset, size):
-        super().__init__(dataset)
-        self.size = size
+        self.dataset, self.size = dataset, size
 
     def set_epoch(self, epoch):
         # Streams of torch alone have no epochs.
