@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 LOSSES = ("share", "votes", "tokens")
+REACHES = ("model", "projections")
 # -log of a share that has vanished stays finite.
 SMALLEST_SHARE = 1e-12
 # By which the votes of a layer's heads, of which each has one to give, are scaled before they are compared.

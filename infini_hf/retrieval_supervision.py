@@ -39,11 +39,13 @@ class RetrievalSupervision:
             places that some token of the row is told of.
         contrast (`float`, *optional*, defaults to `0.0`): what it counts beside that, that softmax attention with the
             memory's queries and keys would find the source.
+        reach (`str`, *optional*, defaults to `"model"`): how far the gradient goes: `"model"`, to every weight below,
+            or `"projections"`, to the memory's own projections of the layers that are told, and no further.
     """
 
-    def __init__(self, weight, layers=None, negatives=0.0, loss="share", contrast=0.0):
+    def __init__(self, weight, layers=None, negatives=0.0, loss="share", contrast=0.0, reach="model"):
         self.weight, self.layers, self.negatives = weight, layers, negatives
-        self.loss, self.contrast = loss, contrast
+        self.loss, self.contrast, self.reach = loss, contrast, reach
         self.warned = False
         self.restart()
 
@@ -56,7 +58,8 @@ class RetrievalSupervision:
         """The patched layers that are told.
 
         Raises:
-            ValueError: names the indices that are no patched layers.
+            ValueError: names the indices that are no patched layers, or have no projections where these are all
+                that is to learn.
         """
         patched = {module.layer_idx: module for module in model.modules() if isinstance(module, InfiniAttention)}
         wanted = sorted(patched) if self.layers is None else sorted(set(self.layers))
@@ -65,6 +68,12 @@ class RetrievalSupervision:
             raise ValueError(
                 f"retrieval_layers={self.layers}: {absent or 'none'} are not among the patched {sorted(patched)}: "
                 "name patched layers, or leave it out for all"
+            )
+        bare = [index for index in wanted if patched[index].memory_gate.query_projection is None]
+        if self.reach == "projections" and bare:
+            raise ValueError(
+                f"retrieval_reach='projections': the memory of layers {bare} has no projections that could learn: "
+                "call infini_hf.calibration.add_memory_projections first, or name others in retrieval_layers"
             )
         return [patched[index] for index in wanted]
 
@@ -202,6 +211,8 @@ class Reading:
     def note(self, layer, queries, keys):
         """Called by each layer with what it has projected of the segment."""
         if self.index is not None:
+            if self.settings.reach == "projections":
+                queries, keys = queries.detach(), keys.detach()
             with memory_math.no_autocast(queries):
                 self.note_segment(layer, queries, keys)
 

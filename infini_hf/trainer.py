@@ -119,6 +119,7 @@ class InfiniTrainer(ResumableTrainer):
             args.retrieval_negatives,
             args.retrieval_loss,
             args.retrieval_contrast,
+            args.retrieval_reach,
         )
         self.lanes = Lanes(config)
         self.lane_sampler = self.resumed = self.scored = None

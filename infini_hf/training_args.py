@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from transformers import TrainingArguments
 
 from .dilution import RAMPS
-from .retrieval_losses import LOSSES
+from .retrieval_losses import LOSSES, REACHES
 
 
 @dataclass
@@ -64,6 +64,9 @@ class InfiniTrainingArguments(TrainingArguments):
         retrieval_contrast (`float`, *optional*, defaults to `0.0`):
             What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
             source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
+        retrieval_reach (`str`, *optional*, defaults to `"model"`):
+            How far the gradient of these losses goes: `"model"`, to every weight below, or `"projections"`, to the
+            memory's own projections alone, which leaves the other weights to the language-model loss.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
 
@@ -137,6 +140,10 @@ class InfiniTrainingArguments(TrainingArguments):
             "help": "What it counts that softmax attention with the memory's queries and keys finds the source."
         },
     )
+    retrieval_reach: str = field(
+        default="model",
+        metadata={"help": "What learns from being told: model (every weight), or projections (the memory's own)."},
+    )
     plot_memory_gates: bool = field(
         default=True, metadata={"help": "Draw the layer × head map of the gates at the end of training."}
     )
@@ -169,6 +176,9 @@ class InfiniTrainingArguments(TrainingArguments):
             raise ValueError(f"memory_dilution_ramp={self.memory_dilution_ramp!r}: must be one of {ramps}")
         if self.retrieval_loss not in LOSSES:
             raise ValueError(f"retrieval_loss={self.retrieval_loss!r}: must be one of {', '.join(map(repr, LOSSES))}")
+        if self.retrieval_reach not in REACHES:
+            reaches = ", ".join(map(repr, REACHES))
+            raise ValueError(f"retrieval_reach={self.retrieval_reach!r}: must be one of {reaches}")
         for name in ("retrieval_weight", "retrieval_negatives", "retrieval_contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, which is off")
