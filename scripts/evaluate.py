@@ -20,8 +20,8 @@ from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_file
-from infini_hf.cli.script_arguments import ModelArguments, held_out_split
-from infini_hf.data.documents import check_count, load_documents
+from infini_hf.cli.script_arguments import ModelArguments
+from infini_hf.data.documents import check_count, held_out_split, load_documents
 from infini_hf.evaluation.comparison import compare, comparison_lines
 from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.outputs import beside, check_output

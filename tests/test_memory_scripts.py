@@ -79,6 +79,22 @@ def test_a_stage_trains_and_keeps_the_centers_it_began_with(novels, calibrated, 
     assert any(not torch.equal(before[name], after[name]) for name in gates)
 
 
+def test_a_folder_without_novels_is_refused(tmp_path):
+    options = [
+        "--config",
+        str(STAGE),
+        "--model",
+        "tiny-llama",
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--train_folder",
+    ]
+    with pytest.raises(ValueError, match="novels': there is no such folder; name one of plain-text books"):
+        script("finetune_memory").main([*options, str(tmp_path / "novels")])
+    with pytest.raises(ValueError, match=r"holds no \.txt file"):
+        script("finetune_memory").main([*options, str(tmp_path)])
+
+
 def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(novels, tmp_path):
     options = ["--model", "tiny-llama", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
     patch = ["--segment_length", "128", "--feature_map", "softmax", "--calibration_tokens", "512"]

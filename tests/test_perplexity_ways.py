@@ -14,8 +14,7 @@ from transformers import AutoTokenizer
 
 from infini_hf import InfiniConfig, patch_model, prefill, score
 from infini_hf.assets import resolve
-from infini_hf.cli.script_arguments import held_out_split
-from infini_hf.data.documents import load_documents
+from infini_hf.data.documents import held_out_split, load_documents
 from infini_hf.evaluation import ways
 from infini_hf.evaluation.ways import OPTIONS, Way, losses_of_texts, stock
 

@@ -595,7 +595,9 @@ def test_an_adapter_is_loaded_as_the_model_arguments_say(adapted):
 def perplexity(data, *options):
     source = data / "novels" / "validation"
     small = ["--first_edge", 64, "--ways", "memory", "closed", "full:window=300"]
-    return run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", source, *small, *options)
+    # The config's own output is in the place of the user's.
+    output = [] if "--output" in options else ["--output", data / "perplexity.md"]
+    return run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", source, *small, *output, *options)
 
 
 def test_perplexity_with_an_adapter_is_that_of_the_merged_model(adapted, data, tmp_path):
@@ -650,7 +652,7 @@ def test_inside_the_first_segment_the_ways_to_read_agree(pretrained, data):
 def test_texts_count_by_their_tokens(tmp_path):
     for number, words in enumerate((100, 300)):
         (tmp_path / f"{number}.txt").write_text(prose(words, number), encoding="utf-8")
-    ways = ["--ways", "memory", "closed"]
+    ways = ["--ways", "memory", "closed", "--output", tmp_path / "out" / "table.md"]
     numbers = run("evaluate", "eval/perplexity_tiny_cpu.yaml", "--source", tmp_path, "--limit", 2, *ways)
     tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
     lengths = [len(tokenizer(prose(words, number))["input_ids"]) for number, words in enumerate((100, 300))]

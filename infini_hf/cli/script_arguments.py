@@ -4,14 +4,14 @@ import re
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from transformers import AutoConfig, AutoTokenizer
 
+from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
-from ..data.documents import READERS, check_count, load_documents, written
+from ..data.documents import check_count, held_out_split, load_documents, written
 from ..data.lane_order import lane_stream
 from ..data.packing import pack_documents
 from .adapters import adapter_patch, load_adapted
@@ -24,7 +24,7 @@ MATMUL_PRECISIONS = ("highest", "high", "medium")
 class ModelArguments:
     """The model and its patch."""
 
-    model: str = field(metadata={"help": "hub name, folder, or shipped checkpoint (tiny-llama)"})
+    model: str = field(metadata={"help": f"hub name, folder, or shipped checkpoint ({', '.join(shipped())})"})
     dtype: str = field(default="auto", metadata={"help": "weights' dtype: auto, float32, bfloat16, float16"})
     attn_implementation: str | None = field(default=None, metadata={"help": "sdpa, eager, flash_attention_2 …"})
     segment_length: int | None = field(
@@ -188,22 +188,6 @@ def rows_to_draw(args):
         raise ValueError(f"max_steps={args.max_steps}: must be at least 1, since rows are drawn for so many steps")
     groups = getattr(args, "row_groups", 1)
     return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * groups
-
-
-# What `datasets` takes for the validation part.
-HELD_OUT = ("validation", "valid", "dev")
-
-
-def held_out_split(source):
-    """What a source calls the texts to measure on: `validation`; of a local one without such a part, all of it."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return "validation"
-    if not path.is_dir() or any(path.glob("*.txt")):
-        return "train"
-    # As `datasets` finds it: files or folders of that name, beside the others or in a folder `data`.
-    found = [part for place in (path, path / "data") for name in HELD_OUT for part in place.glob(f"{name}*")]
-    return "validation" if any(part.is_dir() or part.suffix in (".txt", *READERS) for part in found) else "train"
 
 
 def command_line(script, argv=None):

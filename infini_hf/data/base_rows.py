@@ -15,8 +15,10 @@ def read_texts(folder):
     """The `.txt` files of a folder in name order, as a list of strings.
 
     Raises:
-        ValueError: when the folder holds none.
+        ValueError: when there is no such folder, or it holds none.
     """
+    if not Path(folder).is_dir():
+        raise ValueError(f"data folder {str(folder)!r}: there is no such folder; name one of plain-text books")
     files = sorted(Path(folder).glob("*.txt"))
     if not files:
         raise ValueError(f"data folder {str(folder)!r}: holds no .txt file; name a folder of plain-text books")

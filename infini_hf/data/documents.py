@@ -10,6 +10,8 @@ from typing import Any
 # Names people use for what the hub keeps under another one.
 SHORT_NAMES = {"pg19": "emozilla/pg19"}
 READERS = {".jsonl": "json", ".parquet": "parquet"}
+# What `datasets` takes for the validation part.
+HELD_OUT = ("validation", "valid", "dev")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CONDITION = re.compile(r"([^=~]+)([=~])(.*)", re.DOTALL)
 # Books are long: a writer that buffers its usual thousand rows would hold gigabytes.
@@ -93,6 +95,18 @@ def open_rows(source, split="train", name=None, streaming=True):
         raise ValueError(f"source={str(source)!r}: holds no row")
     files = {"train": glob.escape(str(path.resolve()))}
     return open_splits(source, READERS[path.suffix], split, streaming, data_files=files)
+
+
+def held_out_split(source):
+    """What a source calls the texts to measure on: `validation`; of a local one without such a part, all of it."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return "validation"
+    if not path.is_dir() or any(path.glob("*.txt")):
+        return "train"
+    # As `datasets` finds it: files or folders of that name, beside the others or in a folder `data`.
+    found = [part for place in (path, path / "data") for name in HELD_OUT for part in place.glob(f"{name}*")]
+    return "validation" if any(part.is_dir() or part.suffix in (".txt", *READERS) for part in found) else "train"
 
 
 def hub_name(source):
