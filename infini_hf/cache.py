@@ -204,10 +204,17 @@ class InfiniCache(Cache):
             held = max(layer.get_mask_sizes(1)[0] - 1 for layer in self.stock_layers.values())
             padding = torch.ones(rows.shape[0], held, dtype=torch.bool, device=rows.device)
             if self.padding is not None:
-                known = self.padding[:, : self.padding.shape[1] - (self.padding_end - self.columns)]
+                known = self.known_padding
                 known = known[:, max(0, known.shape[1] - held) :].to(rows.device)
                 padding[:, held - known.shape[1] :] = known
             self.padding, self.padding_end = padding & ~rows[:, None], self.columns
+
+    @property
+    def known_padding(self):
+        """`(batch, n)` bool or `None`: `padding` of what was read, without the columns of a call that failed."""
+        if self.padding is None:
+            return None
+        return self.padding[:, : self.padding.shape[1] - (self.padding_end - self.columns)]
 
     def tensors(self):
         """The state as a tuple of tensors, for a function that must take and return it: see [`with_tensors`]."""

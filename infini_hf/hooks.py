@@ -145,11 +145,11 @@ def stock_masks(decoder, mask, batch, columns, cache, device):
 
 def remember_padding(cache, mask, batch, columns, widest, device):
     """Padding of the last `widest` columns, `(batch, widest)` bool or `None`; the cache keeps it for the next call."""
-    past = None if cache is None else cache.padding
+    past = None if cache is None else cache.known_padding
     if mask is None and past is None:
         return None
     if past is not None:
-        past = past.to(device)[:, : past.shape[1] - (cache.padding_end - cache.columns)]
+        past = past.to(device)
     kept = widest - columns
     if past is None or past.shape[1] < kept:
         before = torch.ones(batch, kept, dtype=torch.bool, device=device)

@@ -147,14 +147,14 @@ def read_dtype(directory):
 
 def collect_tensors(cache):
     """All tensors of the state, on the CPU, by the name they have in the file."""
-    tensors = {}
+    tensors, padding = {}, cache.known_padding
     if cache.offloading:
         torch.cuda.synchronize()
     for index, layer in enumerate(cache.layers):
         for name in tensor_names(layer):
             tensors[f"layers.{index}.{name}"] = getattr(layer, name).detach().cpu().contiguous()
-    if cache.padding is not None:
-        tensors["padding"] = cache.padding.cpu().contiguous()
+    if padding is not None:
+        tensors["padding"] = padding.cpu().contiguous()
     return tensors
 
 
@@ -250,8 +250,14 @@ def digest_weights(decoder):
     """A digest of every parameter and buffer and of which adapters act, computed where the weights are."""
     lines = []
     for name, module in decoder.named_modules():
+        # Frequencies that depend on the longest position met; the first ones stand beside them.
+        moving = any(kind in str(vars(module).get("rope_type")) for kind in ("dynamic", "longrope"))
         with align_module_device(module):
-            for part, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
+            # At first both may be one tensor.
+            buffers = module.named_buffers(recurse=False, remove_duplicate=not moving)
+            for part, tensor in [*module.named_parameters(recurse=False), *buffers]:
+                if moving and part.endswith("inv_freq") and "original" not in part:
+                    continue
                 lines.append((name, part, str(tensor.dtype), list(tensor.shape), digest_tensor(tensor.detach())))
         state = vars(module)
         if "merged_adapters" in state:
