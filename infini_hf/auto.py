@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import os
 
 import torch
 from safetensors import safe_open
@@ -77,6 +78,9 @@ def resolve_config(name, kwargs):
     """The config, with the options among `kwargs` that are its own, and the rest of them."""
     kwargs = dict(kwargs)
     config = kwargs.pop("config", None)
+    if isinstance(config, (str, os.PathLike)):
+        # As transformers: another name or folder, to read the config from.
+        name, config = config, None
     if config is not None:
         return copy.deepcopy(config), kwargs
     # Both are fields of a config too, and mean the loading here.

@@ -13,6 +13,10 @@ from transformers.generation import (
 
 # Criteria that take the place of those that `generate` makes itself, and so have to be passed on as they are.
 OWN_KINDS = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCriteria)
+# Names of caches of which a cache that is continued is one already.
+OWN_CACHES = ("dynamic", "offloaded")
+# What a beam search puts after the end of a row where no token ends texts.
+NO_TOKEN = -1
 
 
 class RowEnds(StoppingCriteria):
@@ -27,6 +31,10 @@ class RowEnds(StoppingCriteria):
 
     def __init__(self, criteria):
         self.criteria, self.ends = StoppingCriteriaList(criteria), None
+        for item in criteria:
+            # By this attribute transformers knows that rows end one by one, and pads those that have.
+            if hasattr(item, "eos_token_id"):
+                self.eos_token_id = item.eos_token_id
 
     def __call__(self, input_ids, scores, **kwargs):
         done = self.criteria(input_ids, scores, **kwargs)
@@ -52,8 +60,12 @@ class GenerationOptions:
         self.eos = [] if eos is None else torch.as_tensor(eos).flatten().tolist()
         pad = self._get("pad_token_id")
         self.pad = pad if pad is not None else self.eos[0] if self.eos else None
-        self.is_static = self._get("cache_implementation") == "static"
+        self.implementation = self._get("cache_implementation")
+        self.is_static = self.implementation == "static"
         self.beams = self._get("num_beams") or 1
+        if self.beams > 1:
+            # As a beam search of transformers has it, which takes a pad of 0 for none.
+            self.pad = (self._get("pad_token_id") or self.eos[0]) if self.eos else NO_TOKEN
         self.rows_per_input = max(self.beams, self._get("num_return_sequences") or 1)
         self.watch = self._watch()
 
@@ -77,13 +89,15 @@ class GenerationOptions:
         """Refuse a search in which the end of a row could not be told from its padding.
 
         Raises:
-            ValueError: for beams of several rows that other criteria end, with an end-of-text token as padding.
+            ValueError: for beams of several rows that other criteria end, where an end-of-text token is the padding;
+                that is so with a pad of 0, which beam search takes for none.
         """
         several = rows * (self._get("num_return_sequences") or 1) > 1
         if self.watch is not None and self.beams > 1 and several and self.pad in self.eos:
             raise ValueError(
-                f"pad_token_id={self.pad}: ends texts too, and among beams that stop_strings or stopping_criteria end "
-                "nothing else tells where a row stopped; pass a pad_token_id that is no eos_token_id"
+                f"pad_token_id={self._get('pad_token_id')}: beam search pads with {self.pad}, which ends texts too, "
+                "and where stop_strings or stopping_criteria end beams nothing else tells where a row stopped; pass a "
+                "pad_token_id above 0 that is no eos_token_id"
             )
 
     def watched_criteria(self):
@@ -100,8 +114,10 @@ class GenerationOptions:
             generated (`torch.Tensor`): `(rows, new)` ids.
             prompt (`int`): columns before them.
         """
-        # Without an end-of-text token transformers pads nothing.
-        if not self.eos:
+        if self.beams > 1 and not self.eos:
+            return (generated != NO_TOKEN).long()
+        # Where nothing ends rows one by one transformers pads nothing.
+        if not self.eos and not hasattr(self.watch, "eos_token_id"):
             return torch.ones_like(generated)
         ends = torch.isin(generated, torch.tensor(self.eos, device=generated.device)).long()
         real = F.pad(ends, (1, 0))[:, :-1].cumsum(1) == 0

@@ -130,3 +130,12 @@ def gather_pieces(pieces, chunk_size, vocabulary):
             held, count = [joined[:, chunk_size:]], count - chunk_size
     if count:
         yield torch.cat(held, dim=1), None
+
+
+def input_device(inner):
+    """Where token ids go, also when accelerate keeps the embeddings elsewhere between calls."""
+    embeddings = inner.get_input_embeddings()
+    hook = vars(embeddings).get("_hf_hook")
+    if hook is not None and hook.execution_device is not None:
+        return torch.device(hook.execution_device)
+    return embeddings.weight.device

@@ -121,10 +121,14 @@ class InfiniLayer(CacheLayerMixin):
         self.settle()
         # Only a batch whose rows stand at different places has to look at the index itself.
         if len(set(self.seen)) == 1:
-            self.seen = self.seen[:1] * len(index)
+            seen = self.seen[:1] * len(index)
         else:
-            self.seen = tuple(self.seen[row] for row in index.tolist())
+            seen = tuple(self.seen[row] for row in index.tolist())
+        # An index from the end, as -1, counts for these as it does for tuples.
+        rows, index = self.keys.shape[0], index.to(self.keys.device)
+        index = torch.where(index < 0, index + rows, index)
         self.map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
+        self.seen = seen
         self._narrow_window()
 
     def _narrow_window(self):

@@ -126,7 +126,8 @@ def put(states, slots, new):
     """
     row = torch.arange(states.shape[0], device=states.device)[:, None, None]
     head = torch.arange(states.shape[1], device=states.device)[None, :, None]
-    states.index_put_((row, head, slots.to(states.device)[:, None]), new)
+    # Under autocast a token comes in less precision than its slot has.
+    states.index_put_((row, head, slots.to(states.device)[:, None]), new.to(states.dtype))
 
 
 def plan_step(cache, valid=None):

@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from .cache import InfiniCache, infini_config_of
+from .inputs import input_device
 from .rope import window_tables
 from .static_layer import StaticInfiniLayer, StaticSlidingLayer
 
@@ -77,7 +78,7 @@ class StaticInfiniCache(InfiniCache):
         own = {name: value for name, value in vars(cache).items() if name not in ("layers", "fresh", "offloading")}
         vars(static).update(own, notes=copy.deepcopy(cache.notes))
         static.check_owner(decoder)
-        tokens = torch.empty(0, dtype=torch.int64, device=decoder.get_input_embeddings().weight.device)
+        tokens = torch.empty(0, dtype=torch.int64, device=input_device(decoder))
         window_tables(decoder, static.infini_config, tokens, static)
         for index, layer in enumerate(cache.layers):
             if not layer.is_initialized:
@@ -86,6 +87,7 @@ class StaticInfiniCache(InfiniCache):
             # Where an offloaded cache keeps it elsewhere.
             layer.prefetch()
             if index in static.fresh:
+                promote_window(layer, decoder.layers[index].self_attn)
                 static.layers[index].load(layer)
             else:
                 static.load_memory(index, layer)
@@ -95,6 +97,7 @@ class StaticInfiniCache(InfiniCache):
     def load_memory(self, layer_idx, layer):
         """Take over the state of an [`InfiniLayer`] that has read something."""
         rope, attention = self.rope[1], self.reader().layers[layer_idx].self_attn
+        promote_window(layer, attention)
         self.layers[layer_idx].load(layer, rope, attention.memory_gate)
         for table in rope:
             torch._dynamo.mark_static_address(table)
@@ -153,7 +156,7 @@ class StaticInfiniCache(InfiniCache):
             real = torch.zeros(self.first.tokens.shape[0], window, dtype=torch.bool, device=self.first.device)
             real[:, slots] = True
             if self.padding is not None:
-                known = self.padding[:, : self.padding.shape[1] - (self.padding_end - read)]
+                known = self.known_padding
                 count = min(known.shape[1], slots.shape[0])
                 real[:, slots[slots.shape[0] - count :]] = known[:, known.shape[1] - count :].to(real.device)
             if self.real is not None and self.real.shape == real.shape:
@@ -226,3 +229,12 @@ class StaticInfiniCache(InfiniCache):
     @classmethod
     def from_pretrained(cls, directory, model):
         return cls.from_cache(InfiniCache.from_pretrained(directory, model), model)
+
+
+def promote_window(layer, attention):
+    """Bring a layer's keys and values to the dtype that the next ones promote them to: that of the weights, if wider.
+
+    What has read under autocast holds narrower ones, and tensors that are written in place take no wider.
+    """
+    dtype = torch.promote_types(layer.keys.dtype, attention.o_proj.weight.dtype)
+    layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)

@@ -58,8 +58,9 @@ class StaticTensors:
         return int(self.columns_read) if self.is_initialized else 0
 
     def bind(self, state):
-        """Write tensors by name into those that are there, or keep them where the shapes differ."""
-        kept = self.is_initialized and all(getattr(self, name).shape == new.shape for name, new in state.items())
+        """Write tensors by name into those that are there, or keep them where shapes or dtypes differ."""
+        like = ((getattr(self, name), new) for name, new in state.items()) if self.is_initialized else ()
+        kept = self.is_initialized and all(old.shape == new.shape and old.dtype == new.dtype for old, new in like)
         for name, new in state.items():
             if kept:
                 getattr(self, name).copy_(new)
@@ -97,6 +98,8 @@ class StaticTensors:
     def _select_rows(self, index):
         if self.is_initialized:
             names = [name for name in self.TENSORS if name not in self.ROWLESS]
+            # An index from the end, as -1.
+            index = torch.where(index < 0, index + self.keys.shape[0], index)
             with torch.inference_mode(False):
                 self.bind({name: getattr(self, name).index_select(0, index.to(self.device)) for name in names})
 
@@ -232,8 +235,9 @@ class StaticSlidingLayer(StaticTensors, CacheLayerMixin):
             self.load(layer)
             return seen
         slot = (self.columns_read % self.sliding_window)[None]
-        self.keys.index_copy_(2, slot, key_states)
-        self.values.index_copy_(2, slot, value_states)
+        # Under autocast a column comes in less precision than its slot has.
+        self.keys.index_copy_(2, slot, key_states.to(self.keys.dtype))
+        self.values.index_copy_(2, slot, value_states.to(self.values.dtype))
         self.columns_read.add_(1)
         return self.keys, self.values
 

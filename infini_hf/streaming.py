@@ -7,8 +7,16 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from .cache import InfiniCache
-from .generation_options import GenerationOptions
-from .inputs import as_batch, check_mask, check_size, refuse_right_padding, stream_chunks, warn_of_padding
+from .generation_options import OWN_CACHES, GenerationOptions
+from .inputs import (
+    as_batch,
+    check_mask,
+    check_size,
+    input_device,
+    refuse_right_padding,
+    stream_chunks,
+    warn_of_padding,
+)
 from .patching import patched_decoder
 from .sequence_parallel import SequenceParallelCache, refuse_split
 from .static_cache import StaticInfiniCache
@@ -39,15 +47,6 @@ def require_patched(model):
             f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first"
         )
     return inner
-
-
-def input_device(inner):
-    """Where token ids go, also when accelerate keeps the embeddings elsewhere between calls."""
-    embeddings = inner.get_input_embeddings()
-    hook = vars(embeddings).get("_hf_hook")
-    if hook is not None and hook.execution_device is not None:
-        return torch.device(hook.execution_device)
-    return embeddings.weight.device
 
 
 def read_chunks(inner, run, chunks, total, cache, progress, description):
@@ -188,6 +187,9 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     options = GenerationOptions(inner, kwargs)
     options.check_ends(ids.shape[0])
     kwargs |= options.watched_criteria()
+    if options.implementation in OWN_CACHES:
+        # The cache that is continued is of this kind; the stock loop refuses the name beside any cache.
+        kwargs["cache_implementation"] = None
     if kwargs.get("generation_config") is None:
         kwargs["use_cache"] = True
     else:
@@ -213,11 +215,13 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     output = inner.generate(input_ids=ids, attention_mask=mask, past_key_values=twin, **kwargs)
     sequences = output if isinstance(output, torch.Tensor) else output.sequences
     returned = sequences.shape[0] // ids.shape[0]
-    generated = options.real_tokens(sequences[:, ids.shape[1] :], ids.shape[1])
-    kept = torch.cat([mask.repeat_interleave(returned, 0), generated], dim=1)
+    real = options.real_tokens(sequences[:, ids.shape[1] :], ids.shape[1])
+    kept = torch.cat([mask.repeat_interleave(returned, 0), real], dim=1)
     if after.seen and returned > 1:
         after.batch_repeat_interleave(returned)
-    prefill(inner, sequences[:, prompt:], attention_mask=kept[:, prompt:], cache=after, progress=False)
+    # What stands where nothing was generated may be no token at all.
+    last = sequences[:, prompt:].masked_fill(kept[:, prompt:] == 0, 0)
+    prefill(inner, last, attention_mask=kept[:, prompt:], cache=after, progress=False)
     cache.restore(after)
     if not isinstance(output, torch.Tensor):
         output.past_key_values = cache

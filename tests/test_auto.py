@@ -57,6 +57,20 @@ def test_gates_stay_float32_in_a_half_precision_model(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(gates(loaded), gates(saved), strict=True))
 
 
+def test_a_config_may_be_named_by_its_folder(tmp_path, ids):
+    saved = open_gates(patch_model(build("llama"), PATCH), seed=1)
+    saved.save_pretrained(tmp_path / "model")
+    # With the patch, which decides here, and other words on what the base does.
+    saved.config.bos_token_id = 5
+    saved.config.save_pretrained(tmp_path / "config")
+    for folder in (tmp_path / "config", str(tmp_path / "config")):
+        loaded = AutoInfiniModelForCausalLM.from_pretrained(
+            tmp_path / "model", config=folder, attn_implementation="eager"
+        ).eval()
+        assert loaded.config.bos_token_id == 5
+        assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
+
+
 def test_device_map_with_offload_gives_the_same_logits(tmp_path, ids):
     whole = patch_model(build("llama"), PATCH)
     open_gates(whole, seed=1)

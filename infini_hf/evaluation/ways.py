@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from ..attention import InfiniAttention
 from ..cache import InfiniCache, infini_config_of
+from ..inputs import input_device
 from ..output_head import logits_of
 from ..patching import install_patch, unpatch_model
-from ..streaming import input_device, prefill, require_patched, score
+from ..streaming import prefill, require_patched, score
 from .controls import another_window, closed_memory
 
 WINDOW = {"segment": "segment_length", "overlap": "overlap", "sinks": "sink_tokens"}
