@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from .gate import ACTIVATIONS, MemoryGate
+from .attention import InfiniAttention
+from .gate import ACTIVATIONS
 from .sharding import gathered
 
 logger = logging.getLogger(__name__)
@@ -163,6 +164,14 @@ class RunCallback(TrainerCallback):
             self.trainer.lane_sampler.set_epoch(int(state.epoch or 0))
 
 
+def quiet_console(trainer):
+    """Put quiet ones in the place of the stock console callbacks of a trainer; what users have made of them stays."""
+    for callback in list(trainer.callback_handler.callbacks):
+        if type(callback) in (ProgressCallback, PrinterCallback):
+            trainer.remove_callback(callback)
+            trainer.add_callback(quiet(type(callback)))
+
+
 def quiet(kind):
     """A console callback of class `kind` that leaves the numbers of single layers to the log files and says of a
     progress bar what it counts."""
@@ -192,12 +201,12 @@ def describe_bar(callback, name, description):
 
 
 def live_gates(model):
-    """The gate of every patched layer that computes, by the index of the layer; PEFT keeps a frozen copy beside it."""
-    gates = {}
-    for name, module in model.named_modules():
-        if isinstance(module, MemoryGate) and "original_module" not in name:
-            gates[int(name.split(".layers.")[1].split(".")[0])] = module
-    return gates
+    """The gate of every patched layer that computes, by the index of the layer.
+
+    PEFT keeps others beside it: a frozen copy, and those of the adapters that are not active.
+    """
+    layers = (module for module in model.modules() if isinstance(module, InfiniAttention))
+    return {layer.layer_idx: layer.memory_gate.itself for layer in layers}
 
 
 @torch.no_grad()

@@ -74,6 +74,11 @@ class MemoryDilution:
         scale = self.strength ** torch.from_numpy(exponents)
         return torch.where(torch.from_numpy(chances) < self.probability, scale, 1.0)
 
+    @classmethod
+    def from_args(cls, args):
+        """As [`InfiniTrainingArguments`] say."""
+        return cls(*(getattr(args, f"memory_dilution{name}") for name in ("", "_probability", "_ramp", "_threshold")))
+
     def metrics(self):
         """What is logged: the strength, where dilution is on, and the running accuracy of the answers."""
         if self.ramp == "accuracy" and self.highest > 1.0 and not self.answers and not self.warned:
@@ -93,4 +98,6 @@ class MemoryDilution:
     def restore(self, state):
         """Go on from what [`state`] returned, or, from `None`, begin."""
         state = {"strength": 1.0, "answers": []} if state is None else state
-        self.strength, self.answers = state["strength"], deque(tuple(pair) for pair in state["answers"])
+        # The run that goes on may ask for less than the one before, or for none.
+        self.strength = min(state["strength"], self.highest)
+        self.answers = deque(tuple(pair) for pair in state["answers"])

@@ -33,6 +33,11 @@ class MemoryGate(nn.Module):
         # Set inside [`infini_hf.evaluation.controls.closed_memory`]: nothing of the memory comes through.
         self.closed = False
 
+    @property
+    def itself(self):
+        """This module: of a wrapper of PEFT, which hands on what it has not, the one of the active adapter."""
+        return self
+
     def set_shifts(self, query_shift, key_shift):
         """Shift queries `(num_heads, head_dim)` and keys `(num_kv_heads, head_dim)` before their feature map."""
         device = self.bias.device

@@ -5,7 +5,6 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .checkpoints import check_resume, disown, record_run, resolve_checkpoint
-from .lanes import Lanes
 from .streaming import require_patched
 
 
@@ -64,15 +63,14 @@ class ResumableTrainer(Trainer):
         return self._train_batch_size * self.args.row_groups
 
     def begin_run(self, model):
-        """Begin with empty lanes and no dilution, or with those of the checkpoint that is resumed."""
+        """Begin with empty lanes, no dilution and no count, or with those of the checkpoint that is resumed."""
+        inner = require_patched(self.accelerator.unwrap_model(model))
+        self.set_up(inner.config)
         folder, record = self.resumed or (None, {"dilution": None})
         self.answers.clear()
         self.divergences.clear()
-        self.supervision.restart()
         self.dilution.restore(record["dilution"])
-        self.lanes = Lanes(self.lanes.config)
         if self.args.carry_memory and folder is not None:
-            inner = require_patched(self.accelerator.unwrap_model(model))
             self.lanes.load(self._lane_file(folder), inner.get_decoder())
 
     def _lane_file(self, folder):

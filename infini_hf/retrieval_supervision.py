@@ -49,6 +49,12 @@ class RetrievalSupervision:
         self.warned = False
         self.restart()
 
+    @classmethod
+    def from_args(cls, args):
+        """As [`InfiniTrainingArguments`] say."""
+        names = "weight", "layers", "negatives", "loss", "contrast", "reach"
+        return cls(*(getattr(args, f"retrieval_{name}") for name in names))
+
     def restart(self):
         """Begin to count anew."""
         # The sum of the shares of the sources, and their number: of the step, on this rank, and of all since a log.

@@ -5,17 +5,16 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from .cache import InfiniCache, infini_config_of
-from .callbacks import MemoryGateCallback, RunCallback, quiet
+from .callbacks import MemoryGateCallback, RunCallback, quiet_console
 from .data.collator import InfiniCollator
 from .data.lane_order import LaneSampler, lane_column
 from .data.whole_stream import filled_stream, whole_stream
 from .dilution import MemoryDilution
 from .distillation import Distillation
 from .lanes import Lanes
-from .parameter_groups import part_memory
+from .parameter_groups import keep_float32, part_memory
 from .resuming import ResumableTrainer
 from .retrieval_supervision import RetrievalSupervision
 from .segment_step import (
@@ -95,10 +94,24 @@ class InfiniTrainer(ResumableTrainer):
         self.gates = MemoryGateCallback(plot=args.plot_memory_gates)
         self.add_callback(self.gates)
         self.add_callback(RunCallback(self))
-        for kind in (ProgressCallback, PrinterCallback):
-            if (shown := self.pop_callback(kind)) is not None:
-                self.add_callback(quiet(type(shown)))
+        quiet_console(self)
         self.distillation = None if teacher is None else self._distillation(teacher)
+        self.lane_sampler = self.resumed = self.scored = None
+        # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.
+        self.answers, self.divergences, self.micro_batch = [], [], 0
+        self.set_up(config)
+        size = args.sequence_parallel_size
+        self.shared_rows = None if size == 1 else SharedRows(self.accelerator, size, self.lanes.config)
+
+    def set_up(self, config):
+        """Take what a run needs from the arguments as they are now, and refuse what cannot work.
+
+        A search over hyperparameters sets them on a trainer that is made, and has `model_init` make other models.
+
+        Args:
+            config (`PreTrainedConfig`): that of the patched model.
+        """
+        args = self.args
         self.options = StepOptions(
             # A step over shared rows goes on by a segment of every rank.
             bptt_segments=args.bptt_segments and args.bptt_segments // args.sequence_parallel_size,
@@ -107,27 +120,10 @@ class InfiniTrainer(ResumableTrainer):
             label_smoothing=args.label_smoothing_factor,
             distillation=self.distillation,
         )
-        self.dilution = MemoryDilution(
-            args.memory_dilution,
-            args.memory_dilution_probability,
-            args.memory_dilution_ramp,
-            args.memory_dilution_threshold,
-        )
-        self.supervision = RetrievalSupervision(
-            args.retrieval_weight,
-            args.retrieval_layers,
-            args.retrieval_negatives,
-            args.retrieval_loss,
-            args.retrieval_contrast,
-            args.retrieval_reach,
-        )
+        self.dilution = MemoryDilution.from_args(args)
+        self.supervision = RetrievalSupervision.from_args(args)
         self.lanes = Lanes(config)
-        self.lane_sampler = self.resumed = self.scored = None
-        # Since the last step: counts of the emphasised targets, `(2,)` int64 each, divergences, and micro-batches.
-        self.answers, self.divergences, self.micro_batch = [], [], 0
         refuse_what_cannot_work(self)
-        size = args.sequence_parallel_size
-        self.shared_rows = None if size == 1 else SharedRows(self.accelerator, size, self.lanes.config)
 
     def _distillation(self, teacher):
         if isinstance(teacher, torch.nn.Module):
@@ -238,6 +234,7 @@ class InfiniTrainer(ResumableTrainer):
         """The stock optimizer, with the gates and the memory's projections in parameter groups of their own."""
         if self.optimizer is not None:
             return self.optimizer
+        keep_float32(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
         part_memory(optimizer, self.model if model is None else model, self.args)
         return optimizer

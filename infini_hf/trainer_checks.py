@@ -60,6 +60,11 @@ def refuse_options(trainer):
         raise NotImplementedError(
             f"dynamo_backend={plugin.backend.value!r} of accelerate: compiled training was not tried; set it to no"
         )
+    if args.neftune_noise_alpha:
+        raise NotImplementedError(
+            f"neftune_noise_alpha={args.neftune_noise_alpha}: its noise is scaled by the tokens that one call reads, "
+            "which are a segment here and not the row; leave it out, or use the stock Trainer"
+        )
     in_stream = data is not None and not has_length(data)
     if args.carry_memory and in_stream and args.save_strategy == "epoch" and args.gradient_accumulation_steps > 1:
         raise ValueError(
@@ -117,7 +122,6 @@ def refuse_beside_shared_rows(trainer):
         f"layers {sorted(stock)} that the patch leaves stock": stock,
         "train_sampling_strategy='batch_rebalance'": args.train_sampling_strategy == "batch_rebalance",
         "dispatch_batches": args.accelerator_config.dispatch_batches,
-        "neftune_noise_alpha": args.neftune_noise_alpha,
         f"memory_dilution={args.memory_dilution}": args.memory_dilution > 1,
         f"retrieval_weight={args.retrieval_weight}": args.retrieval_weight,
         "a teacher": trainer.distillation is not None,

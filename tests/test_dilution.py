@@ -1,6 +1,7 @@
 """Memory dilution and weighted targets: what a row is scaled by, what a loss counts, and what a resumed run keeps."""
 
 import math
+from unittest import mock
 
 import pytest
 import torch
@@ -195,15 +196,15 @@ def test_every_micro_batch_of_every_rank_draws_its_own_scales_and_always_the_sam
 
 def scales_of(trainer, **options):
     """Train; the seed and the scales of every micro-batch."""
-    drawn, draw = [], trainer.dilution.draw
+    drawn, draw = [], MemoryDilution.draw
 
-    def noted(batch, segments, *seed):
-        scale = draw(batch, segments, *seed)
+    def noted(dilution, batch, segments, *seed):
+        scale = draw(dilution, batch, segments, *seed)
         drawn.append((seed, None if scale is None else scale.tolist()))
         return scale
 
-    trainer.dilution.draw = noted
-    trainer.train(**options)
+    with mock.patch.object(MemoryDilution, "draw", noted):
+        trainer.train(**options)
     return drawn
 
 
@@ -222,6 +223,20 @@ def test_a_resumed_run_draws_what_the_whole_run_drew(tmp_path):
     assert all(scale is not None for _, scale in drawn[-8:])
     resumed = make_trainer(tmp_path, rows=weighted_rows(), **options)
     assert scales_of(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-4")) == drawn[8:]
+
+
+@pytest.mark.parametrize("highest", [1.0, 2.0])
+def test_a_resumed_run_dilutes_no_more_than_it_is_asked_to(tmp_path, monkeypatch, highest):
+    monkeypatch.setattr("infini_hf.dilution.WINDOW", 4)
+    options = {"memory_dilution_ramp": "accuracy", "memory_dilution_threshold": 0.0}
+    save = {"max_steps": 3, "save_strategy": "steps", "save_steps": 3}
+    whole = make_trainer(tmp_path, rows=weighted_rows(), memory_dilution=64.0, **options, **save)
+    whole.train()
+    assert whole.dilution.strength > 2.0
+    resumed = make_trainer(tmp_path, rows=weighted_rows(), memory_dilution=highest, max_steps=4, **options)
+    ((_, scale),) = scales_of(resumed, resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    assert resumed.dilution.strength == highest
+    assert scale is None if highest == 1.0 else torch.tensor(scale).max() <= highest
 
 
 def test_a_second_run_begins_without_the_strength_of_the_first(tmp_path):

@@ -1,6 +1,7 @@
 """Streams as several processes read them: each the whole, of whose batches it keeps its own; and with full batches."""
 
 import torch
+from transformers.utils import is_datasets_available
 
 from .collator import IGNORED
 
@@ -72,7 +73,9 @@ def whole_stream(dataset, processes):
         dataset: whatever a trainer was given.
         processes (`int`): how many there are.
     """
+    if processes == 1 or not is_datasets_available():
+        return dataset
     from datasets import IterableDataset
 
-    split = processes > 1 and isinstance(dataset, IterableDataset) and dataset.n_shards >= processes
+    split = isinstance(dataset, IterableDataset) and dataset.n_shards >= processes
     return WholeStream(dataset) if split else dataset
