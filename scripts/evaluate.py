@@ -21,12 +21,14 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import find_file
 from infini_hf.cli.script_arguments import ModelArguments
-from infini_hf.data.documents import check_count, held_out_split, load_documents
+from infini_hf.data.documents import check_count, load_documents
+from infini_hf.data.local_parts import held_out_split
 from infini_hf.evaluation.comparison import compare, comparison_lines
 from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.outputs import beside, check_output
 from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
 from infini_hf.evaluation.rouge import rouge_scores
+from infini_hf.evaluation.summary_file import read_lines
 from infini_hf.evaluation.ways import Way, lenders_of, losses_of_texts
 
 
@@ -47,7 +49,8 @@ class EvaluationArguments:
     )
     source: str | None = field(default=None, metadata={"help": "texts for perplexity: folder, file or hub dataset"})
     split: str | None = field(
-        default=None, metadata={"help": "default: validation, or all of a local folder or file that has no such part"}
+        default=None,
+        metadata={"help": "default: validation, or test; all of a local file, and of a folder that names no parts"},
     )
     limit: int | None = field(default=None, metadata={"help": "texts, the first ones"})
     max_tokens: int | None = field(default=None, metadata={"help": "tokens of each text"})
@@ -91,6 +94,8 @@ def perplexity(model_args, args):
     if args.source is None:
         raise ValueError("source: name the texts to measure on")
     ways = args.parsed_ways()
+    # A source that holds nothing out is refused before a model is loaded for it.
+    args.split = args.split or held_out_split(args.source)
     model, tokenizer = model_args.load(args.adapter, merge=True)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
@@ -155,7 +160,7 @@ def rouge(args):
     stems = [path.stem for path in paths]
     for path in paths:
         name = path.stem if stems.count(path.stem) == 1 else str(path)
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        rows = [json.loads(line) for line in read_lines(path)]
         scores = rouge_scores([row["summary"] for row in rows], [row["reference"] for row in rows])
         numbers[name] = {**scores, "texts": len(rows)}
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in scores.values()) + f" | {len(rows)} |")

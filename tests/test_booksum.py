@@ -106,6 +106,22 @@ def test_the_longest_summary_of_a_book_can_stand_alone(tmp_path, streaming):
     assert list(load_booksum(source, streaming=streaming, summaries="longest")) == BOOK_PAIRS[1:]
 
 
+def test_the_longest_summary_of_a_text_is_found_in_rows_of_their_own(tmp_path):
+    """As the chapters of the hub are stored."""
+    said = {"sparknotes": "A house.", "wiki": "An old, empty house.", "gradesaver": "House"}
+    rows = [
+        {"book_id": title, "source": source, "chapter": PROSE * number, "summary_text": summary}
+        for source, summary in said.items()
+        for number, title in enumerate(("The House", "The Lane"), 1)
+    ]
+    source = write_lines(tmp_path / "rows.jsonl", rows)
+    pairs = load_booksum(source, summaries="longest")
+    assert list(pairs["id"]) == ["The House:wiki", "The Lane:wiki"]
+    assert list(pairs["text"]) == [PROSE, PROSE * 2]
+    assert list(load_booksum(source, summaries="longest", limit=1)["id"]) == ["The House:wiki"]
+    assert len(load_booksum(source)) == len(rows)
+
+
 def test_a_folder_of_lines_is_read_by_split(tmp_path, streaming):
     for split, row in zip(("train", "validation"), BOOKS, strict=True):
         write_lines(tmp_path / f"{split}.jsonl", [row])

@@ -13,7 +13,7 @@ from infini_hf.cli import ask as ask_module
 from infini_hf.cli import main as main_module
 from infini_hf.cli import read as read_module
 from infini_hf.cli.main import app, main
-from infini_hf.snapshot import read_patch
+from infini_hf.snapshot import read_dtype, read_patch
 
 TEXT = "It was a cold morning, and the old lady had not yet come down to her breakfast. " * 30
 OTHER = "The coach stood before the door, and nobody could say where the driver was. " * 20
@@ -116,6 +116,28 @@ def test_interrupted_reading_is_saved_and_goes_on(run, book, memory, monkeypatch
     assert_same_state(InfiniCache.from_pretrained(memory, model=model), cache)
 
 
+def test_reading_goes_on_with_the_same_ids_after_a_question_is_kept(run, book, memory, monkeypatch):
+    """With a tokenizer that begins a text itself: its token was left out then, and all others moved by one."""
+    stock, encode, read = read_module.prefill, read_module.encode, []
+
+    def beginning(tokenizer, text, first=True):
+        ids = encode(tokenizer, text, first=first)
+        return torch.cat([ids.new_tensor([[tokenizer.eos_token_id]]), ids], dim=1) if first else ids
+
+    def interrupted(model, ids, **kwargs):
+        if kwargs["cache"].seen == (200,):
+            raise KeyboardInterrupt
+        read.extend(ids[0].tolist())
+        return stock(model, ids, **kwargs)
+
+    monkeypatch.setattr(read_module, "encode", beginning)
+    monkeypatch.setattr(read_module, "prefill", interrupted)
+    run("read", "tiny-llama", book, "--memory", memory, "--chunk-size", "100", *PATCH, *EXACT)
+    run("ask", "tiny-llama", "And then", "--memory", memory, "--max-new-tokens", "4", "--save", *EXACT)
+    assert run("read", "tiny-llama", book, "--memory", memory, *EXACT).exit_code == 0
+    assert read == beginning(AutoTokenizer.from_pretrained(resolve("tiny-llama")), TEXT)[0].tolist()
+
+
 def test_another_file_is_refused_while_one_is_unfinished(run, book, memory, tmp_path, monkeypatch):
     def stop(*args, **kwargs):
         raise KeyboardInterrupt
@@ -141,6 +163,13 @@ def test_a_file_in_the_place_of_the_memory_and_a_device_that_is_not_there_are_re
         run("read", "tiny-llama", book, "--memory", book)
     with pytest.raises(ValueError, match="--device nonsense: is not to be had here"):
         run("read", "tiny-llama", book, "--memory", book.parent / "memory", "--device", "nonsense")
+
+
+def test_a_dtype_that_is_none_is_refused_and_a_short_name_is_one(run, book, memory):
+    with pytest.raises(ValueError, match="dtype='foo': must be one of 'auto', 'float32', 'bfloat16', 'float16'"):
+        run("read", "tiny-llama", book, "--memory", memory, "--dtype", "foo")
+    assert run("read", "tiny-llama", book, "--memory", memory, "--dtype", "bf16", "--threads", "1").exit_code == 0
+    assert read_dtype(memory) == "bfloat16"
 
 
 def test_other_options_than_those_of_the_memory_are_refused(run, book, memory):

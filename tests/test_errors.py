@@ -11,7 +11,7 @@ from test_scripts import script
 from transformers import AutoConfig
 
 from infini_hf import InfiniConfig
-from infini_hf.assets import resolve
+from infini_hf.assets import resolve, shipped
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
@@ -171,6 +171,6 @@ def test_help_keeps_the_examples_and_shows_defaults_and_what_is_required(capsys)
         parse_arguments((ModelArguments,), description, ["--help"])
     shown = capsys.readouterr().out
     assert description in shown
-    assert "(tiny-llama) (required)" in " ".join(shown.split())
+    assert f"({', '.join(shipped())}) (required)" in " ".join(shown.split())
     assert "(default: auto)" in " ".join(shown.split())
     assert "default: None" not in shown

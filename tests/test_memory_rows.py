@@ -7,6 +7,7 @@ import pytest
 import torch
 from prose import PROSE
 
+from infini_hf.data.base_rows import train_tokenizer
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_row_style import MemoryRowStyle
 from infini_hf.data.memory_rows import MemoryRows
@@ -66,6 +67,25 @@ def test_the_first_token_of_an_answer_counts_as_told(tokenizer, first):
         assert answer.isdigit()
         torch.testing.assert_close(marked[0], first * marked[1], rtol=1e-5, atol=0)
         torch.testing.assert_close(marked[1:], marked[1:2].expand(len(marked) - 1), rtol=1e-5, atol=0)
+
+
+def test_an_only_token_counts_where_first_ones_do_not(tokenizer):
+    style = MemoryRowStyle(first_token_weight=0.0, passkey_fraction=0.0, word_fraction=1.0, most_facts=1)
+    whole = train_tokenizer([" ".join(f" {word}." for word in WORDS) * 50], vocab_size=2000)
+    rows = MemoryRows([PROSE * 4], whole, 16, 64, style)
+    counted = [int((rows[index]["loss_weights"] > 1).sum()) for index in range(16)]
+    assert all(rows[index]["loss_weights"].isfinite().all() for index in range(16))
+    assert min(counted) == 1
+
+
+def test_filler_between_questions_leaves_room_for_the_facts(tokenizer):
+    """A fact that is asked for and stands nowhere would be learned by heart."""
+    style = MemoryRowStyle(most_gap=64, passkey_fraction=0.0, word_fraction=0.0, dense=True, grass_fraction=0.0)
+    for length in (64, 96):
+        rows = MemoryRows([PROSE * 4], tokenizer, 64, length, style)
+        for row in (rows[index] for index in range(64)):
+            assert len(row["input_ids"]) % length == 0
+            assert torch.equal(row["sources"] >= 0, row["loss_weights"] > 1)
 
 
 @pytest.mark.parametrize("kind", ["passkey", "key", "word", "brief"])
@@ -178,7 +198,8 @@ def test_novel_lanes_read_on_where_they_stopped(tokenizer):
         ({"rows_alike": 0}, "rows_alike=0: must be at least 1"),
         ({"least_segments": 8, "most_segments": 4}, "most_segments=4: must be at least 8"),
         ({"least_segments": 0}, "least_segments=0: must be at least 1"),
-        ({"most_digits": 4}, "most_digits=4: must be at least 5"),
+        ({"most_digits": 4}, "most_digits=4: must be from 5 to 18"),
+        ({"most_digits": 20}, "most_digits=20: must be from 5 to 18"),
         ({"most_facts": 0}, "most_facts=0: must be from 1 to "),
         ({"most_facts": 200}, "most_facts=200: must be from 1 to "),
         ({"passkey_fraction": 1.5}, "passkey_fraction=1.5: must be from 0.0 to 1.0"),

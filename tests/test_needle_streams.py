@@ -101,7 +101,9 @@ def test_tasks_refuse_what_they_do_not_take():
         ({"name": "nothing"}, "task='nothing': must be one of"),
         ({"name": "passkey", "needles": 2}, "needles=2: the passkey of the benchmark is alone"),
         ({"name": "named", "needles": 101}, f"must be from 1 to {len(NAMES)}"),
-        ({"name": "named", "digits": 2}, "digits=2: must be at least 3"),
+        ({"name": "named", "digits": 2}, "digits=2: must be from 3 to 18"),
+        ({"name": "passkey", "digits": 20}, "digits=20: must be from 3 to 18"),
+        ({"name": "ruler-single", "digits": 19}, "digits=19: must be from 3 to 18"),
     ):
         with pytest.raises(ValueError, match=message):
             make_task(**options)

@@ -14,7 +14,8 @@ from transformers import AutoTokenizer
 
 from infini_hf import InfiniConfig, patch_model, prefill, score
 from infini_hf.assets import resolve
-from infini_hf.data.documents import held_out_split, load_documents
+from infini_hf.data.documents import load_documents
+from infini_hf.data.local_parts import held_out_split
 from infini_hf.evaluation import ways
 from infini_hf.evaluation.ways import OPTIONS, Way, losses_of_texts, stock
 
@@ -348,7 +349,8 @@ def test_the_script_measures_the_part_that_was_held_out(tmp_path):
         (text,) = load_documents(folder, held_out_split(folder))
         assert text["text"] == names[1]
     (folder / "data" / "validation.jsonl").rename(folder / "data" / "validation.log")
-    assert held_out_split(folder) == "train"
+    with pytest.raises(ValueError, match=r"lines1': cannot be read as one dataset .*; name the file or folder"):
+        held_out_split(folder)
     module, tokenizer = script(), AutoTokenizer.from_pretrained(resolve("tiny-llama"))
     (ids,) = module.texts_of(tokenizer, module.EvaluationArguments(source=str(tmp_path)))
     assert "fell" in tokenizer.decode(ids[0])

@@ -225,6 +225,20 @@ def test_a_finished_run_trains_no_further_and_keeps_its_card(pretrained, data, t
     )
 
 
+def test_a_finished_run_whose_last_checkpoint_is_gone_is_finished(pretrained, data, tmp_path, capsys):
+    """As where the best one is kept, and it is another."""
+    output, results = pretrained
+    shutil.copytree(output, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "checkpoint-2")
+    assert pretrain(data, tmp_path / "run") == results
+    told = capsys.readouterr().out
+    assert "already complete: 2 of 2 steps" in told
+    assert "resumed from" not in told
+    # One that is asked for by name is gone on from.
+    pretrain(data, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-1")
+    assert "resumed from" in capsys.readouterr().out
+
+
 def test_a_run_that_goes_on_says_so_on_its_card(pretrained, data, tmp_path, capsys):
     output, results = pretrained
     shutil.copytree(output, tmp_path / "run")

@@ -3,11 +3,17 @@
 import argparse
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_origin, get_type_hints
 
 import yaml
 from transformers import HfArgumentParser
 
 from .names import did_you_mean, find_file
+
+# What YAML reads as a truth value may have been meant as the word that it was written with.
+WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
+# A trainer takes a truth value for it too, whatever its annotation says.
+NAME_OR_BOOL = "resume_from_checkpoint"
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -61,12 +67,19 @@ def parse_arguments(dataclass_types, description, argv=None):
     parser.add_argument(
         "--config", type=Path, default=None, help="a YAML file of these options; the command line wins"
     )
-    known = {field.name for kind in dataclass_types for field in fields(kind)}
+    known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
     if config.config is not None:
         values = read_yaml(config.config, known)
+        hints = {name: hint for kind in dataclass_types for name, hint in get_type_hints(kind).items()}
+        for name, value in values.items():
+            try:
+                values[name] = as_typed(parser, name, value, hints[name])
+            except (ValueError, argparse.ArgumentError) as error:
+                said = getattr(error, "message", error)
+                raise ValueError(f"--config {config.config}: {name}={value!r}: {said}; see --help") from error
         parser.set_defaults(**values)
         for action in parser._actions:
-            action.required = action.required and action.dest not in values
+            action.required = action.required and values.get(action.dest) is None
     try:
         parsed = parser.parse_args_into_dataclasses(args=rest, return_remaining_strings=True)
     except (ValueError, NotImplementedError, ImportError) as error:
@@ -75,6 +88,49 @@ def parse_arguments(dataclass_types, description, argv=None):
     refuse_unknown(parsed[-1], known)
     # The parser hands `--config` back in a namespace of its own, after the dataclasses.
     return parsed[: len(dataclass_types)]
+
+
+def as_typed(parser, name, value, hint):
+    """A value of a YAML file as the command line would have given it.
+
+    Args:
+        parser (`ScriptParser`): knows what each option takes.
+        name (`str`): the option.
+        value: what YAML made of it. `None` stays, and so does a list or a mapping that only a file can give.
+        hint: the annotation of the option's field.
+
+    Raises:
+        ValueError: when it is of a kind that cannot be written as one word.
+        argparse.ArgumentError: when the option refuses it.
+    """
+    action = parser._option_string_actions[f"--{name}"]
+    kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
+    several = action.nargs == "+"
+    if value is None or (isinstance(value, bool) and name == NAME_OR_BOOL):
+        return value
+    if type(value) in kinds & {bool, list, dict} and not several:
+        return value
+    parts = value if several and isinstance(value, list) else [value]
+    parts = [parser._get_value(action, as_word(action, part)) for part in parts]
+    for part in parts:
+        parser._check_value(action, part)
+    return parts if several else parts[0]
+
+
+def as_word(action, value):
+    """What one would have typed for a value of YAML.
+
+    Raises:
+        ValueError: when there is no such word.
+    """
+    if value is None or isinstance(value, (list, dict)):
+        raise ValueError("must be a word or a number")
+    if not isinstance(value, bool):
+        return str(value)
+    word = next((word for word in WORDS[value] if word in (action.choices or ())), None)
+    if word is None and action.type is str:
+        raise ValueError("is how YAML reads a bare yes, no, on or off; put the word in quotes")
+    return word or str(value).lower()
 
 
 def refuse_unknown(words, known):

@@ -10,7 +10,7 @@ from transformers.utils import logging as transformers_logging
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
 from .adapters import load_adapted
-from .names import find_file, find_model, loading
+from .names import find_dtype, find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
@@ -25,7 +25,7 @@ def load(model, infini_config, dtype, device, threads, adapter=None):
         torch.set_num_threads(threads)
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()
-    name = find_model(model)
+    name, dtype = find_model(model), find_dtype(dtype)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.empty(0, device=device)

@@ -11,6 +11,9 @@ from ..assets import resolve, shipped
 
 # What a part of a data set is called, and no dataset of the hub.
 SPLITS = ("train", "validation", "test")
+# Of weights, with the short names that the options of a trainer have for them.
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
@@ -56,6 +59,18 @@ def find_adapter(name):
             f"adapter {name!r}: there is no such folder{near_paths(path)}; an adapter of the hub is named 'owner/name'"
         )
     return name
+
+
+def find_dtype(name):
+    """What `from_pretrained` takes for the dtype of weights.
+
+    Raises:
+        ValueError: when it is none of those that weights are kept in.
+    """
+    found = SHORT_DTYPES.get(name, name)
+    if found not in DTYPES:
+        raise ValueError(f"dtype={name!r}: must be one of {', '.join(map(repr, DTYPES))}")
+    return found
 
 
 def find_source(name, option):

@@ -60,7 +60,9 @@ def read(
     records = cache.notes.setdefault("files", [])
     for file, text in zip(files, texts, strict=True):
         record = find_record(records, file, text)
-        ids = encode(tokenizer, text, first=tokens_in(cache) == record["tokens"])
+        # Noted where the file begins: later the memory may hold the questions and answers of `ask --save` too.
+        first = record.setdefault("begins_stream", tokens_in(cache) == record["tokens"])
+        ids = encode(tokenizer, text, first=first)
         start = tokens_in(cache) - record["tokens"]
         try:
             read_file(language_model, ids, cache, record, memory, chunk_size, save_every)

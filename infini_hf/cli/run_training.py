@@ -43,8 +43,10 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     start = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) or last_whole_checkpoint(args.output_dir)
     before, final = steps_of(start), Path(args.output_dir) / "final"
     described = read_summary(final).get("steps")
-    if args.max_steps > 0 and described == before >= args.max_steps:
-        return keep_results(trainer, final, before, args.max_steps)
+    # Of a complete run whose best checkpoint is kept, the last may be gone.
+    latest = start is not None and args.resume_from_checkpoint is None
+    if args.max_steps > 0 and (described == before or (described and latest)) and described >= args.max_steps:
+        return keep_results(trainer, final, described, args.max_steps)
     if start is not None:
         say(trainer, f"resumed from {start}, after {before:,} steps")
     try:

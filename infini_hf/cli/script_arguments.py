@@ -11,11 +11,12 @@ from transformers import AutoConfig, AutoTokenizer
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
 from ..config import InfiniConfig
-from ..data.documents import check_count, held_out_split, load_documents, written
+from ..data.documents import check_count, load_documents, written
 from ..data.lane_order import lane_stream
+from ..data.local_parts import held_out_split
 from ..data.packing import pack_documents
 from .adapters import adapter_patch, load_adapted
-from .names import find_adapter, find_model, find_source, loading
+from .names import find_adapter, find_dtype, find_model, find_source, loading
 
 MATMUL_PRECISIONS = ("highest", "high", "medium")
 
@@ -92,10 +93,11 @@ class ModelArguments:
 
         Raises:
             ValueError: for a model that is not there, a patch that is none or not the adapter's, or an unknown
-                precision.
+                dtype or precision.
         """
         if self.matmul_precision not in (None, *MATMUL_PRECISIONS):
             raise ValueError(f"matmul_precision={self.matmul_precision!r}: must be one of {MATMUL_PRECISIONS}")
+        find_dtype(self.dtype)
         name = find_model(self.model)
         if adapter is None:
             self.infini_config(self.stored(name))
@@ -131,7 +133,7 @@ class ModelArguments:
             torch.set_float32_matmul_precision(self.matmul_precision)
         if self.attn_implementation is not None:
             options["attn_implementation"] = self.attn_implementation
-        options["dtype"] = self.dtype
+        options["dtype"] = find_dtype(self.dtype)
         with loading(self.model if adapter is None else f"{self.model} with {adapter}"):
             if folder is None:
                 patch = self.infini_config(self.stored(name))
@@ -151,7 +153,8 @@ class LoraArguments:
     lora_alpha: int = field(default=32, metadata={"help": "scale of the adapters is lora_alpha / lora_r"})
     lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapters"})
     lora_target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"], metadata={"help": "layers to adapt"}
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "layers to adapt, or all-linear"},
     )
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits (needs bitsandbytes)"})
 
@@ -175,7 +178,9 @@ class LoraArguments:
         from ..lora import add_lora
 
         options = {"r": self.lora_r, "lora_alpha": self.lora_alpha, "lora_dropout": self.lora_dropout}
-        return add_lora(model, target_modules=self.lora_target_modules, **options)
+        # PEFT knows this word as a string alone; in a list it would be the name of a layer.
+        targets = "all-linear" if self.lora_target_modules == ["all-linear"] else self.lora_target_modules
+        return add_lora(model, target_modules=targets, **options)
 
 
 def rows_to_draw(args):
@@ -204,7 +209,8 @@ class DocumentArguments:
     eval_source: str | None = field(default=None, metadata={"help": "the same, for evaluation"})
     train_split: str = field(default="train", metadata={"help": "split of train_source"})
     eval_split: str | None = field(
-        default=None, metadata={"help": "default: validation, or all of a local folder or file that has no such part"}
+        default=None,
+        metadata={"help": "default: validation, or test; all of a local file, and of a folder that names no parts"},
     )
     text_column: str = field(default="text", metadata={"help": "column that holds the documents"})
     where: str | None = field(default=None, metadata={"help": "keep rows by column=value or column~part of the value"})
@@ -230,6 +236,8 @@ class DocumentArguments:
         find_source(self.train_source, "train_source")
         if self.eval_source is not None:
             find_source(self.eval_source, "eval_source")
+            if self.eval_split is None:
+                held_out_split(self.eval_source)
 
     def rows(self, tokenizer, segment_length, lanes=None, seed=0):
         """The training rows; in lane order where a stream carries its memory on.

@@ -8,7 +8,7 @@ from typing import Any
 from .collator import IGNORED
 from .documents import check_count, columns_of, open_rows, take
 from .packing import document_number, plain_ids, require_tokenizer, row_features, token
-from .pair_filter import drop_empty_pairs
+from .pair_filter import drop_empty_pairs, keep_longest
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,8 @@ def load_booksum(
             hub, the name of its configuration.
         streaming (`bool`, *optional*, defaults to `False`): read while training instead of before it.
         limit (`int`, *optional*): pairs to keep, the first ones.
-        summaries (`str`, *optional*, defaults to `"all"`): `"all"`, or `"longest"` for one pair a text.
+        summaries (`str`, *optional*, defaults to `"all"`): `"all"`, or `"longest"` for one pair a text (of a stream,
+            for one pair a row: rows that share a text are not brought together).
         drop_empty (`bool`, *optional*, defaults to `False`): leave out pairs without a text or without a summary, and
             count them in one warning (of a stream, which has no end to count at, the first one is told).
 
@@ -83,6 +84,8 @@ def load_booksum(
     )
     if drop_empty:
         pairs = drop_empty_pairs(pairs, f"source={str(source)!r}, split={split!r}")
+    if summaries == "longest" and not streaming:
+        pairs = keep_longest(pairs)
     return pairs if limit is None else take(pairs, limit)
 
 

@@ -7,11 +7,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .local_parts import text_files
+
 # Names people use for what the hub keeps under another one.
 SHORT_NAMES = {"pg19": "emozilla/pg19"}
 READERS = {".jsonl": "json", ".parquet": "parquet"}
-# What `datasets` takes for the validation part.
-HELD_OUT = ("validation", "valid", "dev")
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 CONDITION = re.compile(r"([^=~]+)([=~])(.*)", re.DOTALL)
 # Books are long: a writer that buffers its usual thousand rows would hold gigabytes.
@@ -34,8 +34,9 @@ def load_documents(
         source (`str` or `Path`): a folder of `.txt` files (read in name order, one document a file), one `.txt`,
             `.jsonl` or `.parquet` file, any folder that `datasets` can load, or the name of a dataset of the hub,
             `"owner/name"`; `"pg19"` is short for `"emozilla/pg19"`. A path that exists is never looked up on the hub.
-        split (`str`, *optional*, defaults to `"train"`): the split. Of a local folder, the subfolder of `.txt` files
-            or the file of that name; a file, or a folder that holds `.txt` files itself, is all `"train"`.
+        split (`str`, *optional*, defaults to `"train"`): the split. Of a local folder, the files or folders that
+            `datasets` knows for that part by their names; a file, or a folder that holds `.txt` files itself, is all
+            `"train"` (unless some of them are named `train.txt` and `validation.txt`, or the like).
         text_column (`str`, *optional*, defaults to `"text"`): the column that holds the documents.
         name (`str`, *optional*): the configuration of a hub dataset that has several.
         streaming (`bool`, *optional*, defaults to `True`): read while training instead of before it.
@@ -82,7 +83,7 @@ def open_rows(source, split="train", name=None, streaming=True):
     path = Path(source).expanduser()
     if not path.exists():
         return open_splits(source, hub_name(source), split, streaming, name=name)
-    files = text_files(path, split)
+    files = text_files(path, split, name)
     if not files and path.is_dir():
         return open_splits(source, str(path.resolve()), split, streaming, name=name)
     if name is not None:
@@ -95,18 +96,6 @@ def open_rows(source, split="train", name=None, streaming=True):
         raise ValueError(f"source={str(source)!r}: holds no row")
     files = {"train": glob.escape(str(path.resolve()))}
     return open_splits(source, READERS[path.suffix], split, streaming, data_files=files)
-
-
-def held_out_split(source):
-    """What a source calls the texts to measure on: `validation`; of a local one without such a part, all of it."""
-    path = Path(source).expanduser()
-    if not path.exists():
-        return "validation"
-    if not path.is_dir() or any(path.glob("*.txt")):
-        return "train"
-    # As `datasets` finds it: files or folders of that name, beside the others or in a folder `data`.
-    found = [part for place in (path, path / "data") for name in HELD_OUT for part in place.glob(f"{name}*")]
-    return "validation" if any(part.is_dir() or part.suffix in (".txt", *READERS) for part in found) else "train"
 
 
 def hub_name(source):
@@ -142,21 +131,6 @@ def open_splits(source, target, split, streaming, **options):
             f"one use limit), or the file or folder that holds the other texts"
         )
     return splits[split]
-
-
-def text_files(path, split):
-    """The `.txt` files that a path stands for, in name order; none when it is another kind of source.
-
-    Raises:
-        ValueError: when they are of one split and another one is asked for.
-    """
-    files = sorted(path.glob("*.txt")) if path.is_dir() else [path] * (path.suffix == ".txt")
-    if files and split != "train":
-        raise ValueError(
-            f"split={split!r}: the text of {str(path)!r} is all 'train'; name the file or folder of the other "
-            "split, or leave the split out"
-        )
-    return files or sorted((path / split).glob("*.txt"))
 
 
 def open_texts(files, streaming):

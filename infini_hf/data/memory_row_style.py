@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from .needles import NAMES, WORDS
+from .needles import MOST_DIGITS, NAMES, WORDS
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,8 @@ class MemoryRowStyle:
         answer_weight (`float`, *optional*, defaults to `2.0`): how often the mean loss of the answers counts beside
             the mean loss of all tokens.
         first_token_weight (`float`, *optional*, defaults to `1.0`): how often the first token of an answer counts
-            beside each of the others, which can be found by what they follow, whoever is asked for.
+            beside each of the others, which can be found by what they follow, whoever is asked for; with 0 an only
+            token counts all the same.
         novel_lanes (`int`, *optional*, defaults to `0`): of every `rows_alike` rows the first so many read on in a
             novel, where the last `rows_alike` rows left it; for `carry_memory`, batches of `rows_alike` rows, and
             `train_sampling_strategy="sequential"`.
@@ -83,6 +84,7 @@ class MemoryRowStyle:
         least |= dict.fromkeys(most, 0.0)
         # Names and words of a row are distinct.
         most |= {"most_facts": min(len(NAMES), len(WORDS)), "novel_lanes": self.rows_alike - 1}
+        most["most_digits"] = MOST_DIGITS
         for name, low in least.items():
             value, high = getattr(self, name), most.get(name)
             if value < low or (high is not None and value > high):

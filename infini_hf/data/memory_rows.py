@@ -72,10 +72,12 @@ class MemoryRows(torch.utils.data.Dataset):
         facts = self._draw_facts(rng, length)
         order = rng.permutation(len(facts))
         questions = [self._question(facts[i], joiner) for i in order]
+        needles = [self._encode(f"{joiner}{fact.statement}{joiner}") for fact in facts]
         if style.most_gap:
-            questions[1:] = [self._apart(rng, *question) for question in questions[1:]]
-        room = length - sum(len(ids) for ids, _ in questions)
-        body, places = self._haystack(rng, facts, joiner, room)
+            gaps = [self._gap(rng) for _ in questions[1:]]
+            over = sum(map(len, needles)) + lengths_of(questions) + sum(map(len, gaps)) - length
+            questions[1:] = apart(questions[1:], gaps, max(0, over))
+        body, places = self._haystack(rng, needles, joiner, length - lengths_of(questions))
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
         answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
@@ -123,14 +125,15 @@ class MemoryRows(torch.utils.data.Dataset):
         space = int(len(answer) > 1 and answer[0] == self.space)
         marks = np.zeros(len(asked) + len(answer) + len(end))
         marks[len(asked) + space : len(asked) + len(answer)] = 1.0
-        marks[len(asked) + space] = self.style.first_token_weight
+        # An only token has no others to count beside, and must count.
+        marks[len(asked) + space] = self.style.first_token_weight or float(len(answer) - space == 1)
         return np.concatenate([asked, answer, end]), marks
 
-    def _apart(self, rng, ids, marks):
-        """A question with filler of its own before it."""
+    def _gap(self, rng):
+        """Filler to stand before a question."""
         gap, source = int(rng.integers(0, self.style.most_gap + 1)), self._source(rng)
         start = int(rng.integers(0, len(source) - gap))
-        return np.concatenate([source[start : start + gap], ids]), np.concatenate([np.zeros(gap), marks])
+        return source[start : start + gap]
 
     def _source(self, rng):
         return self.grass if rng.random() < self.style.grass_fraction else self.novels
@@ -145,10 +148,9 @@ class MemoryRows(torch.utils.data.Dataset):
                 filler[start : start + len(ids)] = ids
         return filler
 
-    def _haystack(self, rng, facts, joiner, room):
+    def _haystack(self, rng, needles, joiner, room):
         """`room` tokens of filler, cut where the facts fall, which is anywhere; and where each of them stands."""
         header = [self._encode(PASSKEY_HEADER + joiner)] if rng.random() < 0.5 else []
-        needles = [self._encode(f"{joiner}{fact.statement}{joiner}") for fact in facts]
         filler_length = room - sum(map(len, needles)) - sum(map(len, header))
         if filler_length < 0:
             header, filler_length = [], max(0, room - sum(map(len, needles)))
@@ -158,7 +160,7 @@ class MemoryRows(torch.utils.data.Dataset):
         # Without the option nothing is drawn for it: rows of older recipes stay what they were.
         if self.style.number_fraction and rng.random() < self.style.number_fraction:
             filler = self._with_numbers(rng, filler)
-        cuts = np.sort(rng.integers(0, filler_length + 1, len(facts)))
+        cuts = np.sort(rng.integers(0, filler_length + 1, len(needles)))
         pieces, last, places = list(header), 0, []
         for cut, needle in zip(cuts, needles, strict=True):
             begins = sum(map(len, pieces)) + cut - last
@@ -169,6 +171,21 @@ class MemoryRows(torch.utils.data.Dataset):
         # Facts that are too long for the shortest row push its beginning out.
         lost = max(0, len(body) - room)
         return body[lost:], [(max(0, begins - lost), max(0, ends - lost)) for begins, ends in places]
+
+
+def lengths_of(questions):
+    """The tokens of all questions."""
+    return sum(len(ids) for ids, _ in questions)
+
+
+def apart(questions, gaps, over):
+    """Questions with filler of their own before them, which is `over` tokens less where the facts need the room."""
+    found = []
+    for (ids, marks), gap in zip(questions, gaps, strict=True):
+        cut = min(over, len(gap))
+        over -= cut
+        found.append((np.concatenate([gap[cut:], ids]), np.concatenate([np.zeros(len(gap) - cut), marks])))
+    return found
 
 
 def as_row(ids, weights):

@@ -6,7 +6,16 @@ and lets the task judge what was generated.
 
 from dataclasses import dataclass
 
-from .needles import MOST_DRAWS, NAMES, PASSKEY_HEADER, draw_key, first_answer, named_key_fact, passkey_fact
+from .needles import (
+    MOST_DIGITS,
+    MOST_DRAWS,
+    NAMES,
+    PASSKEY_HEADER,
+    draw_key,
+    first_answer,
+    named_key_fact,
+    passkey_fact,
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +43,8 @@ class Trial:
 
 def check_digits(digits):
     # Shorter ones have too few in the test part.
-    if digits < 3:
-        raise ValueError(f"digits={digits}: must be at least 3")
+    if not 3 <= digits <= MOST_DIGITS:
+        raise ValueError(f"digits={digits}: must be from 3 to {MOST_DIGITS}")
 
 
 def distinct(draw, count):
@@ -75,7 +84,7 @@ class PasskeyTask:
         digits (`int`, *optional*, defaults to `5`): digits of a key, which is of the test part.
 
     Raises:
-        ValueError: for fewer than three digits.
+        ValueError: for fewer than three digits, or more than a number that is drawn can have.
     """
 
     digits: int = 5
@@ -108,7 +117,7 @@ class NamedTask:
         digits (`int`, *optional*, defaults to `5`): digits of a key, which is of the test part.
 
     Raises:
-        ValueError: for more keys than there are names, or fewer than three digits.
+        ValueError: for more keys than there are names, or digits that are too few or too many.
     """
 
     needles: int = 8

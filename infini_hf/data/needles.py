@@ -17,6 +17,8 @@ PASSKEY_HEADER = (
 GRASS = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 JOINERS = (" ", "\n", "\n\n")
 
+# Of a key: numbers are drawn as 64-bit integers.
+MOST_DIGITS = 18
 # Draws of a key that is none of those before it.
 MOST_DRAWS = 1000
 NAMES = (

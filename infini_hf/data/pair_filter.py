@@ -1,5 +1,6 @@
-"""Pairs that lack a text or a summary: left out, and never without a word."""
+"""Pairs to leave out: those that lack a text or a summary, never without a word, and all but one of a text."""
 
+import hashlib
 import logging
 from dataclasses import dataclass
 
@@ -34,6 +35,20 @@ def drop_empty_pairs(pairs, where):
             raise ValueError(f"{where}: of its {len(pairs)} pairs {said}, and none is left; name another split")
         logger.warning("%s: left out %d of %d pairs, %s", where, dropped, len(pairs), said)
     return kept
+
+
+def keep_longest(pairs):
+    """Of the pairs of each text the one with the longest summary, where the first of them stood.
+
+    Args:
+        pairs (`datasets.Dataset`): with the columns `text` and `summary`.
+    """
+    longest = {}
+    for index, pair in enumerate(pairs.select_columns(COLUMNS)):
+        key = hashlib.sha256(pair["text"].encode()).digest()
+        if len(pair["summary"]) > longest.get(key, (-1, 0))[0]:
+            longest[key] = (len(pair["summary"]), index)
+    return pairs if len(longest) == len(pairs) else pairs.select([index for _, index in longest.values()])
 
 
 @dataclass

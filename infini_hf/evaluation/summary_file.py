@@ -19,7 +19,7 @@ class SummaryFile:
 
     def __init__(self, path, reader):
         self.path, self.reader = Path(path), {}
-        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
+        lines = read_lines(self.path) if self.path.is_file() else []
         self.rows = [self._row(number, line) for number, line in enumerate(lines, 1)]
         self.require(**reader)
         self.digests = {(row["id"], row["digest"]) for row in self.rows}
@@ -69,6 +69,12 @@ class SummaryFile:
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps({**row, "reader": self.reader}, ensure_ascii=False) + "\n")
         self.digests.add((name, row["digest"]))
+
+
+def read_lines(path):
+    """The lines of a JSONL file. `splitlines` would break one where a text in it holds U+2028, U+2029 or U+0085."""
+    with Path(path).open(encoding="utf-8") as file:
+        return list(file)
 
 
 def digest(text, reference):
