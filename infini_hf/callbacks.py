@@ -169,7 +169,8 @@ def quiet_console(trainer):
     for callback in list(trainer.callback_handler.callbacks):
         if type(callback) in (ProgressCallback, PrinterCallback):
             trainer.remove_callback(callback)
-            trainer.add_callback(quiet(type(callback)))
+            trainer.add_callback(one := quiet(type(callback))())
+            vars(one).update(vars(callback))
 
 
 def quiet(kind):

@@ -26,7 +26,7 @@ def keep_float32(model):
         model (`torch.nn.Module`): the model, wrapped or not, before its optimizer is made.
     """
     parameters = [parameter for kind in (MemoryGate, HeadProjection) for parameter in parameters_of(model, kind)]
-    # What is sharded has the dtype that the one who sharded it has chosen.
+    # What is a part of a tensor has the dtype of the other parts.
     cast = [part for part in parameters if part.dtype != torch.float32 and not isinstance(part, DTensor)]
     if cast:
         logger.warning(

@@ -11,7 +11,8 @@ from .streaming import require_patched
 class ResumableTrainer(Trainer):
     """The part of [`InfiniTrainer`] that begins, resumes and stores a run.
 
-    It is that class's alone, which makes what is stored: `lanes`, `dilution`, `gates`, and the tallies of a step.
+    It is that class's alone, which makes what is stored: `lanes`, `dilution`, `gates`, the tallies of a step,
+    and what it takes from its arguments (`set_up`, `keep_float32`).
     """
 
     def train(self, resume_from_checkpoint=None, **kwargs):
@@ -61,6 +62,11 @@ class ResumableTrainer(Trainer):
     def _rows_at_once(self):
         """Rows of a micro-batch of all processes."""
         return self._train_batch_size * self.args.row_groups
+
+    def _load_from_checkpoint(self, *args, **kwargs):
+        # Before: what is loaded into bfloat16 is rounded to it.
+        self.keep_float32()
+        super()._load_from_checkpoint(*args, **kwargs)
 
     def begin_run(self, model):
         """Begin with empty lanes, no dilution and no count, or with those of the checkpoint that is resumed."""

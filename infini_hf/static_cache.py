@@ -14,6 +14,8 @@ from .inputs import input_device
 from .rope import window_tables
 from .static_layer import StaticInfiniLayer, StaticSlidingLayer
 
+PLAIN_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
 
 class StaticInfiniCache(InfiniCache):
     """An [`InfiniCache`] for decoding: `generate` compiles a step on it once, on devices that it compiles for.
@@ -234,7 +236,11 @@ class StaticInfiniCache(InfiniCache):
 def promote_window(layer, attention):
     """Bring a layer's keys and values to the dtype that the next ones promote them to: that of the weights, if wider.
 
-    What has read under autocast holds narrower ones, and tensors that are written in place take no wider.
+    What has read under autocast holds narrower ones, and tensors that are written in place take no wider. Weights that
+    are quantised say nothing of it.
     """
-    dtype = torch.promote_types(layer.keys.dtype, attention.o_proj.weight.dtype)
+    weight = getattr(attention.o_proj, "weight", None)
+    if weight is None or weight.dtype not in PLAIN_DTYPES:
+        return
+    dtype = torch.promote_types(layer.keys.dtype, weight.dtype)
     layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)

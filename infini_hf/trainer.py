@@ -112,6 +112,9 @@ class InfiniTrainer(ResumableTrainer):
             config (`PreTrainedConfig`): that of the patched model.
         """
         args = self.args
+        if self.distillation is not None:
+            self.distillation.weight = args.distillation_weight or 1.0
+            self.distillation.temperature = args.distillation_temperature
         self.options = StepOptions(
             # A step over shared rows goes on by a segment of every rank.
             bptt_segments=args.bptt_segments and args.bptt_segments // args.sequence_parallel_size,
@@ -230,11 +233,16 @@ class InfiniTrainer(ResumableTrainer):
         step = self.state.global_step + 1
         return self.args.logging_strategy != "steps" or step == 1 or step % max(1, self.state.logging_steps) == 0
 
+    def keep_float32(self):
+        """See [`infini_hf.parameter_groups.keep_float32`]; FSDP and DeepSpeed have a dtype for all of a layer."""
+        if not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            keep_float32(self.model)
+
     def create_optimizer(self, model=None):
         """The stock optimizer, with the gates and the memory's projections in parameter groups of their own."""
+        self.keep_float32()
         if self.optimizer is not None:
             return self.optimizer
-        keep_float32(self.model if model is None else model)
         optimizer = super().create_optimizer(model)
         part_memory(optimizer, self.model if model is None else model, self.args)
         return optimizer

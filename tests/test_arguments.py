@@ -72,6 +72,18 @@ def test_what_only_a_file_can_give_is_taken(tmp_path):
     assert (args.report_to, args.resume_from_checkpoint) == ([], True)
 
 
+@pytest.mark.parametrize("value", ["true", "false", "[full_shard]"])
+def test_an_option_that_may_stand_alone_takes_a_truth_value(tmp_path, value, monkeypatch):
+    """As transformers asks for FSDP; what a trainer makes of it is its own."""
+
+    @dataclass
+    class Sharded:
+        fsdp: str | None = field(default=None, metadata={"nargs": "?", "const": True})
+
+    (found,) = parsed(tmp_path, f"fsdp: {value}", (Sharded,))
+    assert found.fsdp == {"true": True, "false": False}.get(value, ["full_shard"])
+
+
 def test_an_option_that_must_be_given_is_not_given_by_nothing(tmp_path):
     with pytest.raises(ValueError, match="required: --source"):
         parsed(tmp_path, "source: null", (Lists,))

@@ -4,13 +4,14 @@ import sys
 
 import pytest
 import torch
-from models import open_gates, random_ids
+from models import build, open_gates, random_ids
 from training import logged, make_trainer, tiny_model, tiny_rows, uneven_rows
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
 from infini_hf import InfiniConfig, patch_model
 from infini_hf.attention import InfiniAttention
 from infini_hf.calibration import add_memory_projections
+from infini_hf.callbacks import live_gates
 from infini_hf.data.whole_stream import whole_stream
 from infini_hf.lora import add_lora, lora_config
 
@@ -74,6 +75,8 @@ class Lines(PrinterCallback):
 
 def test_callbacks_of_the_user_stay_and_the_stock_ones_are_quiet(tmp_path):
     bar, lines = Bar("here"), Lines()
+    stock = make_trainer(tmp_path, parts={"callbacks": [ProgressCallback(max_str_len=7)]}, disable_tqdm=True)
+    assert [vars(one).get("max_str_len") for one in stock.callback_handler.callbacks].count(7) == 1
     trainer = make_trainer(tmp_path, parts={"callbacks": [bar, lines]}, disable_tqdm=False)
     assert bar in trainer.callback_handler.callbacks
     kinds = [type(callback) for callback in trainer.callback_handler.callbacks]
@@ -98,6 +101,46 @@ def test_a_memory_that_was_cast_is_trained_in_float32(tmp_path, caplog, kind):
     largest = before.abs() == before.abs().max()
     # Steps of 1e-3 from 1, which bfloat16 cannot take.
     assert (gate.query_projection.weight.detach() - before)[largest].abs().max() > 1e-4
+
+
+def test_a_memory_that_was_cast_goes_on_where_it_was(tmp_path):
+    """What is stored in float32 is not rounded on its way back."""
+    options = {"rows": uneven_rows(), "memory_gate_learning_rate": 1e-3, "save_strategy": "steps", "save_steps": 2}
+    whole = make_trainer(tmp_path, model=tiny_model().to(torch.bfloat16), max_steps=2, **options)
+    whole.train()
+    resumed = make_trainer(tmp_path, model=tiny_model().to(torch.bfloat16), max_steps=3, **options)
+    begun = []
+
+    class Begin(TrainerCallback):
+        def on_train_begin(self, args, state, control, model=None, **kwargs):
+            begun.extend(gate.bias.detach().clone() for gate in live_gates(model).values())
+
+    resumed.add_callback(Begin())
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for ours, gate in zip(begun, live_gates(whole.model).values(), strict=True):
+        assert torch.equal(ours, gate.bias)
+        assert not torch.equal(ours, ours.bfloat16().float())
+
+
+def test_a_memory_that_was_cast_is_trained_in_float32_by_an_optimizer_made_by_hand(tmp_path):
+    model = tiny_model().to(torch.bfloat16)
+    parts = {"optimizers": (torch.optim.AdamW(model.parameters(), lr=1e-4), None)}
+    before = {index: gate.bias.detach().float() for index, gate in live_gates(model).items()}
+    make_trainer(tmp_path, model=model, rows=uneven_rows(), parts=parts).train()
+    for index, gate in live_gates(model).items():
+        assert gate.bias.dtype == torch.float32
+        assert not torch.equal(gate.bias, before[index])
+
+
+def test_options_of_the_teacher_that_are_set_later_count(tmp_path):
+    options = {"distillation_weight": 0.25, "distillation_temperature": 7.0}
+    expected = make_trainer(tmp_path, rows=tiny_rows(), parts={"teacher": build(seed=7)}, **options)
+    expected.train()
+    trainer = make_trainer(tmp_path, rows=tiny_rows(), parts={"teacher": build(seed=7)})
+    for name, value in options.items():
+        setattr(trainer.args, name, value)
+    trainer.train()
+    assert logged(trainer, "loss") == logged(expected, "loss")
 
 
 def test_the_gates_that_are_watched_are_those_of_the_active_adapter(tmp_path):

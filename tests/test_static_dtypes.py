@@ -59,6 +59,31 @@ def test_what_autocast_has_read_goes_on_in_float32_exactly(family):
     assert all(layer.keys.dtype == torch.float32 for layer in static.layers)
 
 
+class Quantised(torch.nn.Module):
+    """A projection whose weight is stored in eight bits, or not under that name."""
+
+    def __init__(self, linear, dtype):
+        super().__init__()
+        if dtype is None:
+            self.packed = linear.weight
+        else:
+            self.register_buffer("weight", linear.weight.detach().to(dtype))
+
+    def forward(self, states):
+        weight = vars(self)["_buffers"].get("weight")
+        return states @ (self.packed if weight is None else weight.to(states.dtype)).T
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, None])
+def test_weights_whose_dtype_says_nothing(dtype):
+    model, ids = make("llama"), random_ids(2, 20)
+    for layer in model.model.layers:
+        layer.self_attn.o_proj = Quantised(layer.self_attn.o_proj, dtype)
+    options = {"max_new_tokens": 10, "do_sample": False}
+    expected = generate(model, ids, **options)
+    assert torch.equal(generate(model, ids, cache_implementation="static", **options), expected)
+
+
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_generate_under_autocast(family):
     model, ids = make(family), random_ids(2, 20)

@@ -110,6 +110,9 @@ def as_typed(parser, name, value, hint):
         return value
     if type(value) in kinds & {bool, list, dict} and not several:
         return value
+    # Alone on the command line, as --fsdp is, it is true; a list of what it once took is left to the trainer.
+    if action.nargs == "?" and isinstance(value, (bool, list)):
+        return value
     parts = value if several and isinstance(value, list) else [value]
     parts = [parser._get_value(action, as_word(action, part)) for part in parts]
     for part in parts:

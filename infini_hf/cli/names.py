@@ -12,7 +12,7 @@ from ..assets import resolve, shipped
 # What a part of a data set is called, and no dataset of the hub.
 SPLITS = ("train", "validation", "test")
 # Of weights, with the short names that the options of a trainer have for them.
-DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPES = ("auto", "float32", "bfloat16", "float16", "float64")
 SHORT_DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 HUB_NAME = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
