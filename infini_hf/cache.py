@@ -155,6 +155,11 @@ class InfiniCache(Cache):
             self.prefetch(layer_idx + 1, self.only_non_sliding)
         return layer
 
+    def settle(self):
+        """Wait for layers of an offloaded cache that are on their way, to the device or off it."""
+        if self.offloading:
+            torch.cuda.synchronize()
+
     def stow(self, layer_idx):
         """Take a layer's state off the device when the cache is offloaded."""
         if self.offloading:
@@ -197,6 +202,7 @@ class InfiniCache(Cache):
         if bool(rows.all()):
             self.reset()
             return
+        self.settle()
         for layer in self.infini_layers.values():
             layer.reset_rows(rows)
         if self.fresh:
@@ -232,14 +238,17 @@ class InfiniCache(Cache):
         return twin
 
     def reorder_cache(self, beam_idx):
+        self.settle()
         super().reorder_cache(beam_idx)
         self._select_padding(beam_idx)
 
     def batch_select_indices(self, indices):
+        self.settle()
         super().batch_select_indices(indices)
         self._select_padding(indices)
 
     def batch_repeat_interleave(self, repeats):
+        self.settle()
         super().batch_repeat_interleave(repeats)
         if self.padding is not None:
             self.padding = self.padding.repeat_interleave(repeats, dim=0)

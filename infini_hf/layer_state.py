@@ -92,11 +92,6 @@ class InfiniLayer(CacheLayerMixin):
         if self.is_initialized and self.keys.device != self.device:
             self.map_tensors(lambda tensor: tensor.to(self.device, non_blocking=True))
 
-    def settle(self):
-        """Wait for what is on its way off the device, before the host looks at it."""
-        if self.is_initialized and self.device.type == "cuda" and self.keys.device.type == "cpu":
-            torch.cuda.synchronize(self.device)
-
     def detach(self):
         """Cut the state from the graph that computed it."""
         self.map_tensors(torch.Tensor.detach)
@@ -108,7 +103,6 @@ class InfiniLayer(CacheLayerMixin):
         """Forget the rows of a `(batch,)` bool tensor; the others stay as they are."""
         if not self.is_initialized:
             return
-        self.settle()
         self.seen = tuple(0 if forget else seen for seen, forget in zip(self.seen, rows.tolist(), strict=True))
         rows = rows.to(self.memory.device)
         self.memory = self.memory.masked_fill(rows.view(-1, 1, 1, 1), 0.0)
@@ -118,7 +112,6 @@ class InfiniLayer(CacheLayerMixin):
     def _select_rows(self, index):
         if not self.is_initialized:
             return
-        self.settle()
         # Only a batch whose rows stand at different places has to look at the index itself.
         if len(set(self.seen)) == 1:
             seen = self.seen[:1] * len(index)

@@ -148,8 +148,7 @@ def read_dtype(directory):
 def collect_tensors(cache):
     """All tensors of the state, on the CPU, by the name they have in the file."""
     tensors, padding = {}, cache.known_padding
-    if cache.offloading:
-        torch.cuda.synchronize()
+    cache.settle()
     for index, layer in enumerate(cache.layers):
         for name in tensor_names(layer):
             tensors[f"layers.{index}.{name}"] = getattr(layer, name).detach().cpu().contiguous()

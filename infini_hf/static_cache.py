@@ -77,6 +77,7 @@ class StaticInfiniCache(InfiniCache):
         """
         static, decoder = cls(model.config), model.get_decoder()
         cache.check_whole()
+        cache.settle()
         own = {name: value for name, value in vars(cache).items() if name not in ("layers", "fresh", "offloading")}
         vars(static).update(own, notes=copy.deepcopy(cache.notes))
         static.check_owner(decoder)

@@ -38,3 +38,33 @@ def test_an_index_that_is_no_row_leaves_the_cache_as_it_is():
         cache.batch_select_indices(torch.tensor([2, 0, 0]))
     assert_same_state(cache, untouched, tolerance=0)
     assert_close(*(read(model, ids[:, :5], cache=one)[0] for one in (cache, untouched)), tolerance=0)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cache, model: cache.reorder_cache(torch.tensor([1, 0])),
+        lambda cache, model: cache.batch_select_indices(torch.tensor([1])),
+        lambda cache, model: cache.batch_repeat_interleave(2),
+        lambda cache, model: cache.reset_rows(torch.tensor([True, False])),
+        StaticInfiniCache.from_cache,
+        lambda cache, model: cache.save_pretrained(cache.notes["folder"]),
+    ],
+)
+def test_what_looks_at_an_offloaded_state_waits_for_it_first(use, monkeypatch, tmp_path):
+    """On a GPU the layer that comes first next is on its way to it; here, that the call is made before any use."""
+    model, ids = build_patched(segment_length=8), random_ids(2, 21)
+    cache = InfiniCache(model.config)
+    read(model, ids, cache=cache)
+    cache.notes["folder"] = str(tmp_path)
+    held, waited = cache.layers[0].keys, []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *args: waited.append(cache.layers[0].keys is held))
+    use(cache, model)
+    assert not waited
+    cache = InfiniCache(model.config)
+    read(model, ids, cache=cache)
+    cache.notes["folder"], held = str(tmp_path), cache.layers[0].keys
+    cache.offloading = True
+    use(cache, model)
+    assert waited
+    assert waited[0]
