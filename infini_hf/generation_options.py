@@ -63,9 +63,8 @@ class GenerationOptions:
         self.implementation = self._get("cache_implementation")
         self.is_static = self.implementation == "static"
         self.beams = self._get("num_beams") or 1
-        if self.beams > 1:
-            # As a beam search of transformers has it, which takes a pad of 0 for none.
-            self.pad = (self._get("pad_token_id") or self.eos[0]) if self.eos else NO_TOKEN
+        # What a beam search of transformers puts after the end of a row; it takes a pad of 0 for none.
+        self.fill = (pad or self.eos[0]) if self.eos else NO_TOKEN
         self.rows_per_input = max(self.beams, self._get("num_return_sequences") or 1)
         self.watch = self._watch()
 
@@ -93,9 +92,9 @@ class GenerationOptions:
                 that is so with a pad of 0, which beam search takes for none.
         """
         several = rows * (self._get("num_return_sequences") or 1) > 1
-        if self.watch is not None and self.beams > 1 and several and self.pad in self.eos:
+        if self.watch is not None and self.beams > 1 and several and self.fill in self.eos:
             raise ValueError(
-                f"pad_token_id={self._get('pad_token_id')}: beam search pads with {self.pad}, which ends texts too, "
+                f"pad_token_id={self._get('pad_token_id')}: beam search pads with {self.fill}, which ends texts too, "
                 "and where stop_strings or stopping_criteria end beams nothing else tells where a row stopped; pass a "
                 "pad_token_id above 0 that is no eos_token_id"
             )
@@ -125,7 +124,7 @@ class GenerationOptions:
             return real.long()
         if self.beams > 1:
             # Beams change places, so that nobody noted where one of them ended.
-            padding = (generated == self.pad).long().flip(1).cumprod(1).flip(1).bool()
+            padding = (generated == self.fill).long().flip(1).cumprod(1).flip(1).bool()
             return (real & ~(padding & (ends.sum(1, keepdim=True) == 0))).long()
         last = self.watch.ends.to(generated.device)[:, None]
         column = prompt + 1 + torch.arange(generated.shape[1], device=generated.device)

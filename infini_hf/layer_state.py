@@ -117,9 +117,6 @@ class InfiniLayer(CacheLayerMixin):
             seen = self.seen[:1] * len(index)
         else:
             seen = tuple(self.seen[row] for row in index.tolist())
-        # An index from the end, as -1, counts for these as it does for tuples.
-        rows, index = self.keys.shape[0], index.to(self.keys.device)
-        index = torch.where(index < 0, index + rows, index)
         self.map_tensors(lambda tensor: tensor.index_select(0, index.to(tensor.device)))
         self.seen = seen
         self._narrow_window()
@@ -134,11 +131,17 @@ class InfiniLayer(CacheLayerMixin):
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices):
-        index = torch.as_tensor(indices)
-        self._select_rows(index.nonzero().flatten() if index.dtype == torch.bool else index)
+        if self.is_initialized:
+            self._select_rows(row_numbers(indices, self.keys.shape[0]))
 
     def batch_repeat_interleave(self, repeats):
         self._select_rows(torch.arange(len(self.seen)).repeat_interleave(repeats))
 
     def crop(self, tokens_to_remove):
         raise NotImplementedError(CROP_REFUSED)
+
+
+def row_numbers(indices, rows):
+    """The numbers, `(n,)` int64, of those of `rows` rows that numbers, negative from the end, or a bool mask name."""
+    index = torch.as_tensor(indices)
+    return index.nonzero().flatten() if index.dtype == torch.bool else torch.where(index < 0, index + rows, index)

@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin, DynamicSlidingWindowLayer
 
 from . import memory as memory_math
 from .attention import rotate, take_columns
-from .layer_state import CROP_REFUSED, InfiniLayer
+from .layer_state import CROP_REFUSED, InfiniLayer, row_numbers
 
 
 def carried_tokens(seen, config):
@@ -88,8 +88,8 @@ class StaticTensors:
         self._select_rows(beam_idx)
 
     def batch_select_indices(self, indices):
-        index = torch.as_tensor(indices)
-        self._select_rows(index.nonzero().flatten() if index.dtype == torch.bool else index)
+        if self.is_initialized:
+            self._select_rows(row_numbers(indices, self.keys.shape[0]))
 
     def batch_repeat_interleave(self, repeats):
         if self.is_initialized:
@@ -98,8 +98,6 @@ class StaticTensors:
     def _select_rows(self, index):
         if self.is_initialized:
             names = [name for name in self.TENSORS if name not in self.ROWLESS]
-            # An index from the end, as -1.
-            index = torch.where(index < 0, index + self.keys.shape[0], index)
             with torch.inference_mode(False):
                 self.bind({name: getattr(self, name).index_select(0, index.to(self.device)) for name in names})
 

@@ -131,7 +131,7 @@ class InfiniTrainer(ResumableTrainer):
     def _distillation(self, teacher):
         if isinstance(teacher, torch.nn.Module):
             self._move_model_to_device(teacher, self.args.device)
-        return Distillation(teacher, self.args.distillation_weight or 1.0, self.args.distillation_temperature)
+        return Distillation(teacher)
 
     # Data
 

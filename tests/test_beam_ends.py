@@ -98,3 +98,12 @@ def test_names_of_caches_that_the_cache_is_already(kind, place):
     else:
         model.generation_config.cache_implementation = kind
     assert torch.equal(generate(model, ids, **options), expected)
+
+
+def test_rows_that_begin_with_padding_are_told_of_whatever_a_search_pads_with(caplog):
+    model, ids = model_of(), random_ids(2, 9)
+    ids[0, :3] = 0
+    for eos in (None, 96):
+        caplog.clear()
+        generate(model, ids, eos_token_id=eos, **BEAMS)
+        assert "rows [0] begin with the padding token 0" in caplog.text

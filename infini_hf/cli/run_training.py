@@ -44,8 +44,8 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     before, final = steps_of(start), Path(args.output_dir) / "final"
     described = read_summary(final).get("steps")
     # Of a complete run whose best checkpoint is kept, the last may be gone.
-    latest = start is not None and args.resume_from_checkpoint is None
-    if args.max_steps > 0 and (described == before or (described and latest)) and described >= args.max_steps:
+    goes_on = described == before or (start is not None and args.resume_from_checkpoint is None)
+    if described is not None and goes_on and described >= args.max_steps > 0:
         return keep_results(trainer, final, described, args.max_steps)
     if start is not None:
         say(trainer, f"resumed from {start}, after {before:,} steps")

@@ -84,7 +84,7 @@ class MemoryRowStyle:
         least |= dict.fromkeys(most, 0.0)
         # Names and words of a row are distinct.
         most |= {"most_facts": min(len(NAMES), len(WORDS)), "novel_lanes": self.rows_alike - 1}
-        most["most_digits"] = MOST_DIGITS
+        most |= {"most_digits": MOST_DIGITS}
         for name, low in least.items():
             value, high = getattr(self, name), most.get(name)
             if value < low or (high is not None and value > high):
