@@ -1,9 +1,8 @@
-"""The controls: a closed memory is block-local attention, tables are means, and the card tells both; pages go back."""
+"""The controls: a closed memory is block-local attention, tables are means, and the card tells both."""
 
 import copy
 import json
 import math
-import platform
 from itertools import pairwise
 
 import pytest
@@ -16,7 +15,7 @@ from peft import get_peft_model
 from reading import read, read_whole
 from training import make_trainer, tiny_model, tiny_rows
 
-from infini_hf import InfiniConfig, heap, patch_model, score
+from infini_hf import InfiniConfig, patch_model, score
 from infini_hf.callbacks import gate_values
 from infini_hf.evaluation.controls import closed_memory, local_attention, local_start
 from infini_hf.evaluation.perplexity import SpanTable, mean_by_span
@@ -306,37 +305,3 @@ def test_one_process_writes_the_card_and_all_gather_its_gates(tmp_path, monkeypa
     path = write_model_card(trainer, tmp_path / "final", "base", "rows", "command", {})
     assert asked == [trainer.model]
     assert not path.parent.exists()
-
-
-# The heap.
-
-
-@pytest.fixture
-def trims(monkeypatch):
-    """What the heap is asked to keep when it is trimmed."""
-    calls = []
-    monkeypatch.setattr(heap, "trim_function", lambda: calls.append)
-    return calls
-
-
-def test_pages_go_back_for_work_on_the_cpu_alone(trims):
-    heap.release_free_pages(torch.device("cuda"))
-    heap.release_free_pages(torch.device("meta"))
-    assert trims == []
-    heap.release_free_pages(torch.device("cpu"))
-    assert trims == [0]
-
-
-@pytest.mark.parametrize("libc", [("musl", "1.2"), ("", "")])
-def test_another_c_library_is_left_alone(libc, monkeypatch):
-    monkeypatch.setattr(platform, "libc_ver", lambda: libc)
-    monkeypatch.setattr(heap.ctypes, "CDLL", None)
-    heap.trim_function.cache_clear()
-    assert heap.trim_function() is None
-    heap.release_free_pages(torch.device("cpu"))
-    heap.trim_function.cache_clear()
-
-
-def test_pages_can_go_back_here():
-    heap.release_free_pages(torch.device("cpu"))
-    assert (heap.trim_function() is not None) == (platform.libc_ver()[0] == "glibc")
