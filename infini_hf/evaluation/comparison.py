@@ -145,14 +145,17 @@ def comparison_lines(rows, start, base="closed"):
         ratio = "1" if row.way == base else number(row.ratio, row.ratio_interval, ".4f")
         lines.append(f"| {row.way} | {row.perplexity:.2f} | {ratio} | {row.tokens:,} |")
     if "memory" in by_way and base in by_way:
-        lines += ["", verdict(by_way["memory"], by_way[base])]
+        other = next((row for row in rows if row.way.split(":")[0] == "other"), None)
+        lines += ["", verdict(by_way["memory"], by_way[base], other)]
     return lines
 
 
-def verdict(memory, closed):
-    """The claim and what it rests on, in one line."""
+def verdict(memory, closed, other=None):
+    """The claim and what it rests on, in one line; what another text's memory does too is not of the text."""
     ratio = number(memory.ratio, memory.ratio_interval, ".4f")
     said = f"Beyond the first segment: memory {memory.perplexity:.2f}, closed {closed.perplexity:.2f}, ratio {ratio}"
+    if other is not None:
+        said += f"; memory of another text {other.perplexity:.2f}"
     if memory.share is None:
         return said
     ends = memory.share_interval and tuple(100 * end for end in memory.share_interval)
