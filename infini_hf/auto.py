@@ -128,12 +128,13 @@ def warn_of_keys(info, name):
 
 def read_gates(name, hub, variant=None):
     """All gates in a safetensors checkpoint, by name, float32."""
+    # In the order of transformers: an index may be left of weights that were in several files once.
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
-    index = cached_file(name, _add_variant(SAFE_WEIGHTS_INDEX_NAME, variant), **hub, **missing_ok)
-    if index is None:
-        files = [_add_variant(SAFE_WEIGHTS_NAME, variant)]
+    whole, index = (_add_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
+    if cached_file(name, whole, **hub, **missing_ok) is not None:
+        files = [whole]
     else:
-        with open(index, encoding="utf-8") as file:
+        with open(cached_file(name, index, **hub), encoding="utf-8") as file:
             places = json.load(file)["weight_map"]
         files = sorted({place for key, place in places.items() if key.endswith((GATE, *SHIFTS, *PROJECTIONS))})
     gates = {}

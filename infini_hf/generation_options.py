@@ -17,6 +17,10 @@ OWN_KINDS = (EosTokenCriteria, MaxLengthCriteria, MaxTimeCriteria, StopStringCri
 OWN_CACHES = ("dynamic", "offloaded")
 # What a beam search puts after the end of a row where no token ends texts.
 NO_TOKEN = -1
+NO_ROLLBACK = (
+    "assisted decoding takes tokens back, and an InfiniCache cannot be cropped: what is written in the memory cannot "
+    "be taken out; generate without an assistant"
+)
 
 
 class RowEnds(StoppingCriteria):
@@ -83,6 +87,16 @@ class GenerationOptions:
             # It keeps nothing from token to token, so that two of them say the same.
             mine = [StopStringCriteria(tokenizer=tokenizer, stop_strings=strings)]
         return RowEnds(watched + mine) if watched or mine else None
+
+    def refuse_rollback(self):
+        """Refuse to decode with an assistant of any kind, before one changes the model's config.
+
+        Raises:
+            NotImplementedError: names the option.
+        """
+        for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
+            if self._get(name):
+                raise NotImplementedError(f"{name}: {NO_ROLLBACK}")
 
     def check_ends(self, rows):
         """Refuse a search in which the end of a row could not be told from its padding.

@@ -14,6 +14,7 @@ from .cache import InfiniCache, global_layers
 from .config import InfiniConfig
 from .families import family_of
 from .gate import MemoryGate
+from .generation_options import NO_ROLLBACK
 from .hooks import decoder_pre_hook
 from .static_attention import masks_for_generate
 from .static_cache import StaticInfiniCache
@@ -237,6 +238,8 @@ def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, 
         ValueError: for a stock cache, a `cache_implementation` that would make one, or a cache with `use_cache=False`.
         NotImplementedError: for assisted decoding, which takes tokens back.
     """
+    if "assisted_generation" in (*args[:1], kwargs.get("generation_mode")):
+        raise NotImplementedError(NO_ROLLBACK)
     cache = model_kwargs.get("past_key_values")
     if cache is not None and not isinstance(cache, InfiniCache):
         raise ValueError(

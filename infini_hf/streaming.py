@@ -183,8 +183,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")
-    refuse_rollback(kwargs)
     options = GenerationOptions(inner, kwargs)
+    options.refuse_rollback()
     options.check_ends(ids.shape[0])
     kwargs |= options.watched_criteria()
     if options.implementation in OWN_CACHES:
@@ -226,12 +226,3 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     if not isinstance(output, torch.Tensor):
         output.past_key_values = cache
     return output
-
-
-def refuse_rollback(kwargs):
-    for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit"):
-        if kwargs.get(name) is not None:
-            raise NotImplementedError(
-                f"{name}: assisted decoding takes tokens back, and what is written in the memory cannot be taken out; "
-                "generate without an assistant"
-            )

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
-from infini_hf.cli.names import find_file
+from infini_hf.cli.names import find_device, find_file
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.documents import check_count, load_documents
 from infini_hf.data.local_parts import held_out_split
@@ -28,7 +28,7 @@ from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.outputs import beside, check_output
 from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
 from infini_hf.evaluation.rouge import rouge_scores
-from infini_hf.evaluation.summary_file import read_lines
+from infini_hf.evaluation.summary_file import read_summaries
 from infini_hf.evaluation.ways import Way, lenders_of, losses_of_texts
 
 
@@ -96,17 +96,18 @@ def perplexity(model_args, args):
     ways = args.parsed_ways()
     # A source that holds nothing out is refused before a model is loaded for it.
     args.split = args.split or held_out_split(args.source)
+    device = find_device(args.device)
     model, tokenizer = model_args.load(args.adapter, merge=True)
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device).eval()
     patch = infini_config_of(model.config)
     # A window that is none is an error before the first text is read.
     segments = [way.window(patch).segment_length for way in ways if way.patched]
     reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
     texts = texts_of(tokenizer, args)
-    if any(way.name == "other" for way in ways):
-        # Refused now, not after the ways before it.
-        lenders_of(texts, patch.segment_length)
+    for way in ways:
+        if way.name == "other":
+            # Refused now, not after the ways before it.
+            lenders_of(texts, way.window(patch).segment_length)
     losses = {way.text: losses_of_texts(model, way, texts) for way in ways}
     longest = max(ids.shape[1] for ids in texts) - 1
     # A way that ends early has a span of its own, or its last one would mean other tokens than its neighbours'.
@@ -160,7 +161,7 @@ def rouge(args):
     stems = [path.stem for path in paths]
     for path in paths:
         name = path.stem if stems.count(path.stem) == 1 else str(path)
-        rows = [json.loads(line) for line in read_lines(path)]
+        rows = read_summaries(path)
         scores = rouge_scores([row["summary"] for row in rows], [row["reference"] for row in rows])
         numbers[name] = {**scores, "texts": len(rows)}
         lines.append(f"| {name} | " + " | ".join(f"{value:.2f}" for value in scores.values()) + f" | {len(rows)} |")

@@ -12,14 +12,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
 from tqdm.auto import tqdm
 from transformers import set_seed
 
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.common import read_text
 from infini_hf.cli.errors import run_script
-from infini_hf.cli.names import find_source
+from infini_hf.cli.names import find_device, find_source
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.booksum import DEFAULT_PROMPT, load_booksum
 from infini_hf.data.documents import check_count
@@ -92,8 +91,9 @@ def main(argv=None):
     texts = list(args.texts())
     waiting = file.missing(texts)
     there = len(texts) - len(waiting)
+    device = find_device(args.device)
     model, tokenizer = model_args.load(args.adapter)
-    model = model.to(args.device or ("cuda" if torch.cuda.is_available() else "cpu")).eval()
+    model = model.to(device).eval()
     # A model or adapter that was trained again has its old name.
     file.require(weights=digest_text(reader_of(model)))
     print(f"{file.path}: {there} of {len(texts)} summaries already there")

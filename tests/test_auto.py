@@ -47,6 +47,21 @@ def test_patched_checkpoint_comes_back_with_its_options_and_gates(tmp_path, ids,
     assert torch.equal(loaded(ids).logits, saved.eval()(ids).logits)
 
 
+@pytest.mark.parametrize("last", ["5GB", "20KB"])
+def test_of_two_checkpoints_in_a_folder_gates_and_weights_are_of_the_same(tmp_path, ids, last):
+    """An index is left where shards were saved over; transformers prefers the single file."""
+    whole, shards = (patch_model(build("llama"), PATCH) for _ in range(2))
+    for seed, model in enumerate((whole, shards)):
+        open_gates(model, seed=seed)
+    order = [(shards, "20KB"), (whole, "5GB")]
+    for model, size in order if last == "5GB" else order[::-1]:
+        model.save_pretrained(tmp_path, max_shard_size=size)
+    assert (tmp_path / "model.safetensors.index.json").is_file()
+    loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    assert all(torch.equal(a, b) for a, b in zip(gates(loaded), gates(whole), strict=True))
+    assert torch.equal(loaded(ids).logits, whole.eval()(ids).logits)
+
+
 def test_gates_stay_float32_in_a_half_precision_model(tmp_path):
     saved = patch_model(build("llama"), PATCH)
     open_gates(saved, seed=1)

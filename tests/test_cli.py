@@ -201,6 +201,36 @@ def test_demo_shows_no_more_tokens_than_it_read(run):
     assert re.findall(r"^│ +(\d+) │", shown.output, re.MULTILINE) == ["128", "256", "370"]
 
 
+def test_demo_refuses_a_file_for_its_memory_before_it_reads(run, book, monkeypatch):
+    monkeypatch.setattr("infini_hf.cli.demo.load", None)
+    with pytest.raises(ValueError, match="is a file; name a folder"):
+        run("demo", "--memory", book)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("demo", "--threads", "-1"),
+        ("demo", "--seed", "-1"),
+        ("passkey", "tiny-llama", "--seed", "-1"),
+        ("ask", "tiny-llama", "Who?", "--memory", "there", "--seed", "99999999999999999999"),
+    ],
+)
+def test_numbers_that_torch_would_not_take_are_refused(run, options):
+    assert run(*options).exit_code == 2
+
+
+@pytest.mark.parametrize("length", ["inf", "nan", "0", "4q"])
+def test_a_length_that_is_none_is_refused(run, length):
+    with pytest.raises(ValueError, match=f"--lengths '{length}': give numbers of tokens"):
+        run("passkey", "tiny-llama", "--lengths", length)
+
+
+def test_a_window_without_room_for_a_segment_is_refused_by_what_was_given(run, book, memory):
+    with pytest.raises(ValueError, match="overlap and sinks of 9,999 tokens: leave too little of the 640 positions"):
+        run("read", "tiny-llama", book, "--memory", memory, "--overlap", "9999", *EXACT)
+
+
 @pytest.mark.parametrize(("options", "message"), [(("--key", "abc"), "--key abc"), (("--tokens", "10"), "10")])
 def test_demo_refuses_what_it_cannot_hide(run, options, message):
     if options[0] == "--key":

@@ -102,3 +102,8 @@ def test_a_curve_is_the_perplexity_of_its_steps():
     means = [1.5, (4 + 5 + 6 + 7 + 4 + 5) / 6, 8.5]
     assert [value for _, value in points] == pytest.approx([math.exp(mean) for mean in means])
     assert [place for place, _ in points] == pytest.approx([2.0, 32**0.5, 80**0.5])
+
+
+def test_steps_below_a_token_are_left_out():
+    points = curve_of([torch.arange(4.0)], first=1, per_doubling=2)
+    assert [value for _, value in points] == pytest.approx([math.exp(mean) for mean in (0.0, 1.0, 2.0, 3.0)])

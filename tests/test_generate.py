@@ -583,6 +583,24 @@ def test_crop_and_assisted_decoding_are_refused(llama):
     assert cache.seen == (9,)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("option", [{"assistant_early_exit": 1}, {"prompt_lookup_num_tokens": 2}])
+def test_an_assistant_is_refused_before_it_touches_the_model(family, option):
+    """An early exit sets the number of layers in the config, and an error in between left it there."""
+    model, ids = build_patched(family, segment_length=8), random_ids(1, 30)
+    layers, before = model.config.num_hidden_layers, model(ids).logits
+    config = GenerationConfig(max_new_tokens=4, **option)
+    for call in (
+        lambda: model.generate(ids, max_new_tokens=4, **option),
+        lambda: model.generate(ids, generation_config=config),
+        lambda: generate(model, ids, generation_config=config),
+    ):
+        with pytest.raises(NotImplementedError, match="without an assistant"):
+            call()
+    assert model.config.num_hidden_layers == layers
+    assert model(ids).logits.equal(before)
+
+
 @pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), [], [[]]], ids=str)
 def test_generate_without_a_token_is_refused(llama, ids):
     with pytest.raises(ValueError, match="no token"):

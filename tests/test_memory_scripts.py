@@ -243,6 +243,10 @@ def test_projections_of_each_head_do_not_become_those_of_all():
     for _ in range(2):
         # The second time there is nothing to add.
         asked.prepare(mixed, None, [])
+    # Of one KV head a map of each head alone is one of all heads.
+    single = build_patched(segment_length=8, feature_map="exp", overrides={"num_key_value_heads": 1})
+    for _ in range(2):
+        asked.prepare(single, None, [])
 
 
 @pytest.mark.parametrize(("length", "texts", "asked"), [(20_000, 2, 512), (900, 3, 300), (2000, 700, 256)])

@@ -58,6 +58,9 @@ def test_a_file_of_another_evaluation_is_refused(prose_model, prose_tokenizer, p
         with pytest.raises(ValueError, match=message):
             SampleFile(path, theirs)
     assert SampleFile(path, describe(prose_model, prose_haystacks)).samples == file.samples
+    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=r"binary\.jsonl: is no text"):
+        SampleFile(tmp_path / "binary.jsonl")
     (tmp_path / "old.jsonl").write_text(json.dumps({"haystack": "grass"}) + "\n")
     with pytest.raises(ValueError, match="does not begin with what it is about"):
         SampleFile(tmp_path / "old.jsonl", about)

@@ -131,6 +131,21 @@ def test_a_text_without_another_of_a_segment_is_refused(others):
         read_as(patched_model(), "other", IDS, *(random_ids(1, count) for count in others))
 
 
+@pytest.mark.parametrize(("segment", "length"), [(16, LENGTH + 2), (4, 3)])
+def test_who_lends_a_memory_is_decided_by_the_window_of_the_way(segment, length):
+    """A text with a segment of the patch and none of the way lent an empty memory, without a word."""
+    model = patched_model()
+    with pytest.raises(ValueError, match=f"none other has the {segment} tokens"):
+        read_as(model, f"other:segment={segment}:overlap=2", IDS, random_ids(1, length))
+
+
+def test_a_segment_of_the_way_is_enough_to_lend_a_memory():
+    model = patched_model()
+    actual = read_as(model, "other:segment=4:overlap=2:sinks=1", IDS, random_ids(1, 5, seed=7))
+    assert actual.isfinite().all()
+    assert not torch.allclose(actual[4:], read_as(model, "closed:segment=4:overlap=2:sinks=1")[4:], atol=1e-2)
+
+
 def test_a_text_too_short_for_a_memory_lends_none():
     model, other = patched_model(), random_ids(1, 60, seed=7)
     actual = read_as(model, "other", IDS, other, random_ids(1, LENGTH - 1))
@@ -208,6 +223,7 @@ def test_after_every_way_the_model_is_what_it_was(gate, caplog):
     model = patched_model(gate=gate)
     caplog.set_level(logging.INFO, logger="infini_hf")
     before, gates, patch = score(model, IDS), gate_parameters(model), dict(model.config.infini_attention)
+    config = model.config
     for name in OPTIONS:
         losses_of_texts(model, Way.parse({"overlap": "overlap:sinks=1"}.get(name, name)), [IDS, IDS], progress=False)
         assert torch.equal(score(model, IDS), before), name
@@ -218,6 +234,8 @@ def test_after_every_way_the_model_is_what_it_was(gate, caplog):
     assert torch.equal(score(model, IDS), before)
     assert all(parameter is gates[name] for name, parameter in gate_parameters(model).items())
     assert model.config.infini_attention == patch
+    # The very object: a trainer's lanes and caches hold it.
+    assert all(part.config is config for part in model.modules() if "config" in vars(part))
 
 
 def test_a_calibrated_memory_comes_back_calibrated():
@@ -251,6 +269,7 @@ def test_inside_the_first_segment_all_ways_agree():
         ("closed:segment", "'segment' is no option"),
         ("full:window=-4", "'window=-4' is no option"),
         ("full:stride=0", "at least 1"),
+        ("full:window=²", "'window=²' is no option"),
         ("overlap", "name the overlap or the sinks, as in overlap:overlap=128"),
     ],
 )
@@ -365,6 +384,7 @@ def test_the_script_measures_the_part_that_was_held_out(tmp_path):
         (["--model", "tiny-llama", "--segment_length", "64", "--ways", "overlap:overlap=65"], "overlap=65"),
         (["--first_edge", "0"], "first_edge=0: must be at least 1"),
         (["--max_tokens", "-5"], "max_tokens=-5: must be at least 2"),
+        (["--device", "nonsense", "--split", "train"], "--device nonsense: is not to be had here"),
         (["--output", "."], "output='.': is a folder"),
         (["--output", "out.json"], "output='out.json': a .json file is written beside the output"),
     ],

@@ -709,6 +709,13 @@ def test_files_of_one_name_stay_apart_in_the_table(tmp_path):
     assert numbers[str(paths[0])]["rouge1"] > numbers[str(paths[1])]["rouge1"] == 0
 
 
+def test_a_summary_that_was_cut_is_named(tmp_path):
+    path = write_said(tmp_path / "said.jsonl", ["a"], ["b"])
+    path.write_text(path.read_text(encoding="utf-8") + '{"id": "1", "summ', encoding="utf-8")
+    with pytest.raises(ValueError, match=r"said\.jsonl: line 2 was not written to its end"):
+        run("evaluate", None, "--task", "rouge", "--predictions", path)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

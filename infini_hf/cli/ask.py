@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from ..cache import InfiniCache
 from ..snapshot import read_dtype, read_patch
 from ..streaming import generate
-from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, load
+from .common import DEVICE, DTYPE, MEMORY, MODEL, SEEDS, THREADS, encode, load
 
 
 def ask(
@@ -22,7 +22,7 @@ def ask(
         0.0, min=0.0, help="0 is greedy; the paper's BookSum setting is 0.5 with top-p 0.95."
     ),
     top_p: float = typer.Option(0.95, help="Nucleus sampling, when the temperature is not 0."),
-    seed: int = typer.Option(0, help="Seed of the sampling."),
+    seed: int = typer.Option(0, **SEEDS, help="Seed of the sampling."),
     save: bool = typer.Option(False, "--save", help="Keep question and answer in the memory, for the next turn."),
     dtype: str = DTYPE,
     device: str = DEVICE,

@@ -10,13 +10,15 @@ from transformers.utils import logging as transformers_logging
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
 from .adapters import load_adapted
-from .names import find_dtype, find_file, find_model, loading
+from .names import find_device, find_dtype, find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
 DTYPE = typer.Option("auto", help="Weights' dtype: auto (the memory's or checkpoint's), float32, bfloat16, float16.")
 DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by default.")
-THREADS = typer.Option(0, help="CPU threads; 0 leaves torch's choice.")
+THREADS = typer.Option(0, min=0, help="CPU threads; 0 leaves torch's choice.")
+# What both numpy and torch take.
+SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 def load(model, infini_config, dtype, device, threads, adapter=None):
@@ -26,17 +28,23 @@ def load(model, infini_config, dtype, device, threads, adapter=None):
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()
     name, dtype = find_model(model), find_dtype(dtype)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {device}: is not to be had here ({error}); leave the option out") from error
+    device = find_device(device)
     with loading(model):
         if adapter is None:
             loaded = AutoInfiniModelForCausalLM.from_pretrained(name, infini_config=infini_config, dtype=dtype)
         else:
             loaded = load_adapted(name, adapter, merge=True, dtype=dtype)
         return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def check_memory(path):
+    """Refuse a file where a memory is to be kept, before anything is read.
+
+    Raises:
+        ValueError: when it is one.
+    """
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"--memory {path}: is a file; name a folder, which is made if it is not there")
 
 
 def read_text(path: Path):

@@ -16,7 +16,7 @@ from ..data.needle_tasks import first_number
 from ..data.needles import GRASS, PASSKEY_HEADER, draw_key, passkey_fact
 from ..evaluation.needles.questions import ask_with
 from ..streaming import prefill
-from .common import THREADS, encode, human_bytes, load, read_text
+from .common import SEEDS, THREADS, check_memory, encode, human_bytes, load, read_text
 
 # Looks at the state, the first of which is at its beginning.
 REPORTS = 8
@@ -30,7 +30,7 @@ def demo(
     key: str = typer.Option("", help="The number to hide; by default one drawn from the seed."),
     text: Path = typer.Option(None, help="What to hide it in; by default the grass filler of the benchmark."),
     memory: Path = typer.Option(None, help="Keep the memory in this folder, to go on with `infini-hf ask`."),
-    seed: int = typer.Option(0, help="Seed of the key."),
+    seed: int = typer.Option(0, **SEEDS, help="Seed of the key."),
     threads: int = THREADS,
 ):
     """Hide a passkey at the start of a stream of a million tokens, read it once, and ask for the key.
@@ -40,6 +40,8 @@ def demo(
     memory left in its keys and values. A text that is shorter than the stream begins again.
     """
     console = Console()
+    if memory:
+        check_memory(memory)
     language_model, tokenizer = load(model, None, "float32", "cpu", threads)
     key = key or draw_key(np.random.default_rng(seed), split="test")
     if not key.isdigit():

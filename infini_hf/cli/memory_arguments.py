@@ -106,7 +106,9 @@ class MemoryArguments:
             ValueError: when there are some.
         """
         found = [module for module in model.modules() if isinstance(module, HeadProjection)]
-        if self.mix_heads and not all(projection.mixes_heads for projection in found):
+        # Of one head it is the same either way.
+        alone = [projection for projection in found if not projection.mixes_heads and len(projection.weight) > 1]
+        if self.mix_heads and alone:
             raise ValueError(
                 "mix_heads=True: the model has projections of each head alone, which stay as they are; leave the "
                 "option out, or begin from a model without projections"

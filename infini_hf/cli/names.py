@@ -5,6 +5,7 @@ import re
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from huggingface_hub import constants
 
 from ..assets import resolve, shipped
@@ -71,6 +72,20 @@ def find_dtype(name):
     if found not in DTYPES:
         raise ValueError(f"dtype={name!r}: must be one of {', '.join(map(repr, DTYPES))}")
     return found
+
+
+def find_device(name=None):
+    """A device that is there; without a name, the best one.
+
+    Raises:
+        ValueError: when torch has none of the name here.
+    """
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: is not to be had here ({error}); leave the option out") from error
+    return name
 
 
 def find_source(name, option):

@@ -16,7 +16,7 @@ def parse_length(text):
     number, unit = (text[:-1], UNITS[text[-1].lower()]) if text[-1:].lower() in UNITS else (text, 1)
     try:
         length = int(float(number) * unit)
-    except ValueError:
+    except (ValueError, OverflowError):
         length = 0
     if length < 1:
         raise ValueError(f"--lengths {text!r}: give numbers of tokens, such as 4k,32k,1m")

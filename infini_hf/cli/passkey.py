@@ -17,7 +17,7 @@ from ..evaluation.needles.streams import HAYSTACKS, STRADDLING, Cell, Haystacks
 from ..evaluation.needles.tables import CONTROLS
 from ..evaluation.outputs import check_output
 from .adapters import adapter_patch
-from .common import DEVICE, DTYPE, MODEL, THREADS, load
+from .common import DEVICE, DTYPE, MODEL, SEEDS, THREADS, load
 from .names import find_adapter, find_model
 from .needle_options import parse_controls, parse_depths, parse_fillers, parse_lengths
 from .read import choose_patch
@@ -53,7 +53,7 @@ def passkey(
     full_attention_up_to: int = typer.Option(8192, min=0, help="The longest stream that the control full reads."),
     batch_size: int = typer.Option(8, min=1, help="Streams read at once."),
     chunk_size: int = typer.Option(2048, min=1, help="Tokens in one forward: speed and peak memory only."),
-    seed: int = typer.Option(0, help="Seed of keys, filler and places."),
+    seed: int = typer.Option(0, **SEEDS, help="Seed of keys, filler and places."),
     segment_length: int = typer.Option(None, help=f"Tokens in a segment, {PATCH}"),
     overlap: int = typer.Option(None, help="Tokens of the previous segment that stay visible, likewise."),
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise."),

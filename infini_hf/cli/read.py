@@ -12,7 +12,7 @@ from ..cache import InfiniCache
 from ..config import InfiniConfig
 from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
-from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, read_text
+from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, check_memory, encode, human_bytes, load, read_text
 from .names import find_model, loading
 
 
@@ -42,8 +42,7 @@ def read(
     it stopped; name further files and they are read after the earlier ones.
     """
     texts = [read_text(file) for file in files]
-    if memory.exists() and not memory.is_dir():
-        raise ValueError(f"--memory {memory}: is a file; name a folder, which is made if it is not there")
+    check_memory(memory)
     resume = (memory / FILE_NAME).is_file()
     dtype = read_dtype(memory) if resume and dtype == "auto" else dtype
     asked = {
@@ -94,7 +93,13 @@ def choose_patch(model, asked, snapshot):
     settled = snapshot if snapshot is not None or stored is None else InfiniConfig.from_dict(stored)
     if settled is None:
         # A window beyond the trained positions would spoil the text.
-        room = config.max_position_embeddings - asked.get("overlap", 0) - asked.get("sink_tokens", 0)
+        carried = asked.get("overlap", 0) + asked.get("sink_tokens", 0)
+        room = config.max_position_embeddings - carried
+        if "segment_length" not in asked and room < max(1, asked.get("overlap", 0)):
+            raise ValueError(
+                f"overlap and sinks of {carried:,} tokens: leave too little of the {config.max_position_embeddings:,} "
+                f"positions of {model} for a segment; carry fewer tokens, or give --segment-length"
+            )
         return InfiniConfig(**{"segment_length": max(1, min(InfiniConfig().segment_length, room)), **asked})
     for name, value in asked.items():
         if getattr(settled, name) != value:

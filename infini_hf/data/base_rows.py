@@ -15,14 +15,21 @@ def read_texts(folder):
     """The `.txt` files of a folder in name order, as a list of strings.
 
     Raises:
-        ValueError: when there is no such folder, or it holds none.
+        ValueError: when there is no such folder, or it holds none, or one that is not UTF-8.
     """
     if not Path(folder).is_dir():
         raise ValueError(f"data folder {str(folder)!r}: there is no such folder; name one of plain-text books")
     files = sorted(Path(folder).glob("*.txt"))
     if not files:
         raise ValueError(f"data folder {str(folder)!r}: holds no .txt file; name a folder of plain-text books")
-    return [file.read_text(encoding="utf-8") for file in files]
+    return [read_book(file) for file in files]
+
+
+def read_book(file):
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
 
 
 def train_tokenizer(texts, vocab_size=4096):

@@ -73,6 +73,8 @@ def curve_of(losses, first=32, per_doubling=2):
     longest, edges = max(map(len, losses)), [0]
     while edges[-1] < longest:
         edges.append(min(longest, round(first * 2 ** ((len(edges) - 1) / per_doubling))))
+    # The first few may round to the same position.
+    edges = sorted(set(edges))
     means, _ = mean_by_span(losses, edges)
     middles = [math.sqrt(max(start, 1) * stop) for start, stop in pairwise(edges)]
     return [(middle, math.exp(mean)) for middle, mean in zip(middles, means, strict=True)]

@@ -5,6 +5,21 @@ import json
 from pathlib import Path
 
 
+def read_summaries(path):
+    """The lines of a [`SummaryFile`] as dicts.
+
+    Raises:
+        ValueError: names a line that is broken.
+    """
+    rows = []
+    for number, line in enumerate(read_lines(path), 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {number} was not written to its end ({error}): remove it") from error
+    return rows
+
+
 class SummaryFile:
     """JSON lines of `id`, `summary`, `reference`, `digest` (of text and reference) and `reader`.
 
@@ -19,16 +34,9 @@ class SummaryFile:
 
     def __init__(self, path, reader):
         self.path, self.reader = Path(path), {}
-        lines = read_lines(self.path) if self.path.is_file() else []
-        self.rows = [self._row(number, line) for number, line in enumerate(lines, 1)]
+        self.rows = read_summaries(self.path) if self.path.is_file() else []
         self.require(**reader)
         self.digests = {(row["id"], row["digest"]) for row in self.rows}
-
-    def _row(self, number, line):
-        try:
-            return json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{self.path}: line {number} was not written to its end ({error}): remove it") from error
 
     def require(self, **reader):
         """Add to what is known of the reader.

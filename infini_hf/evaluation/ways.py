@@ -73,7 +73,7 @@ class Way:
         options = {}
         for part in parts:
             key, _, value = part.partition("=")
-            if key not in OPTIONS[name] or not value.isdigit():
+            if key not in OPTIONS[name] or not (value.isascii() and value.isdigit()):
                 known = ", ".join(f"{key}=TOKENS" for key in OPTIONS[name])
                 raise ValueError(f"way {text!r}: {part!r} is no option of {name!r}; it takes {known}")
             options[key] = int(value)
@@ -144,11 +144,11 @@ def losses_of_texts(model, way, texts, progress=True):
         slide = way.slide(inner.config)
         with stock(inner):
             return [sliding_losses(inner, ids, *slide) for ids in tqdm(texts, desc=way.text, disable=not progress)]
+    window = way.window(infini_config_of(inner.config))
     if way.name == "other":
-        lenders = lenders_of(texts, infini_config_of(inner.config).segment_length)
+        lenders = lenders_of(texts, window.segment_length)
     shut = way.name in ("closed", "hard", "overlap", "txl")
     losses = []
-    window = way.window(infini_config_of(inner.config))
     with another_window(inner, window), closed_memory(inner) if shut else nullcontext():
         for index, ids in enumerate(tqdm(texts, desc=way.text, disable=not progress)):
             if way.name == "other":
@@ -186,6 +186,7 @@ def lender_of(texts, index, length):
 def stock(model):
     """A patched model without its patch inside the `with`; the patch comes back with the same gates."""
     patch = infini_config_of(model.config)
+    configs = [(part, part.config) for part in model.modules() if "config" in vars(part)]
     gates = {path: part.memory_gate for path, part in model.named_modules() if isinstance(part, InfiniAttention)}
     unpatch_model(model)
     try:
@@ -195,6 +196,10 @@ def stock(model):
         install_patch(model, patch)
         for path, gate in gates.items():
             model.get_submodule(path).memory_gate = gate
+        # The patch made a config of its own; others may hold the one that was there.
+        for part, config in configs:
+            part.config = config
+        model.config.infini_attention = patch.to_dict()
 
 
 @torch.no_grad()

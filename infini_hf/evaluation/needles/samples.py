@@ -52,12 +52,15 @@ class SampleFile:
             out, the file is only read.
 
     Raises:
-        ValueError: when the file is of another evaluation, or has no first line; names the difference.
+        ValueError: when the file is of another evaluation, or no text, or has no first line; names the difference.
     """
 
     def __init__(self, path, about=None):
         self.path = Path(path)
-        text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        try:
+            text = self.path.read_text(encoding="utf-8") if self.path.is_file() else ""
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: is no text ({error}); name another file") from error
         rows = [row for row in map(parse, text.splitlines()) if row is not None]
         if rows:
             self.about = rows[0].get("about")
