@@ -154,8 +154,10 @@ class InfiniTrainingArguments(TrainingArguments):
             # The dispatcher joins the ranks' batches of a stream, which rows of different length forbid.
             self.accelerator_config.dispatch_batches = False
         for name in ("memory_gate_learning_rate", "memory_projection_learning_rate"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must not be negative")
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}: must be a number of at least 0")
+        if self.gradient_accumulation_steps < 1:
+            raise ValueError(f"gradient_accumulation_steps={self.gradient_accumulation_steps}: must be at least 1")
         if self.bptt_segments is not None and self.bptt_segments < 1:
             raise ValueError(f"bptt_segments={self.bptt_segments}: must be at least 1, or None to never cut")
         if self.sequence_parallel_size < 1 or self.world_size % self.sequence_parallel_size:
@@ -206,6 +208,11 @@ class InfiniTrainingArguments(TrainingArguments):
     def __getstate__(self):
         # The trainer pickles its arguments beside every checkpoint, and uploads them with the model.
         return {**vars(self), "hub_token": None}
+
+    def __copy__(self):
+        copied = type(self).__new__(type(self))
+        vars(copied).update(vars(self))
+        return copied
 
     def __deepcopy__(self, memo):
         copied = memo[id(self)] = type(self).__new__(type(self))

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import torch
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments, set_seed
-from transformers.trainer_utils import get_last_checkpoint
 
+from infini_hf.checkpoints import last_whole_checkpoint
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.script_arguments import rows_to_draw
@@ -78,7 +78,7 @@ def main():
     )
     trainer = Trainer(model=model, args=training_args, train_dataset=rows, processing_class=tokenizer)
     Path(training_args.output_dir).mkdir(parents=True, exist_ok=True)
-    trainer.train(resume_from_checkpoint=get_last_checkpoint(training_args.output_dir))
+    trainer.train(resume_from_checkpoint=last_whole_checkpoint(training_args.output_dir))
     model.config.use_cache = True
     final = Path(training_args.output_dir) / "final"
     model.to(torch.bfloat16).save_pretrained(final)

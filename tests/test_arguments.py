@@ -72,6 +72,24 @@ def test_what_only_a_file_can_give_is_taken(tmp_path):
     assert (args.report_to, args.resume_from_checkpoint) == ([], True)
 
 
+def test_a_truth_value_may_be_typed_for_a_checkpoint_and_a_folder_of_that_name_is_a_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for word, expected in (("true", True), ("False", False), ("no", False), ("run/checkpoint-1", "run/checkpoint-1")):
+        *_, args = parsed(tmp_path, "", KINDS, "--resume_from_checkpoint", word)
+        assert args.resume_from_checkpoint == expected
+        *_, args = parsed(tmp_path, f"resume_from_checkpoint: {word}")
+        assert args.resume_from_checkpoint == expected
+    (tmp_path / "true").mkdir()
+    *_, args = parsed(tmp_path, "", KINDS, "--resume_from_checkpoint", "true")
+    assert args.resume_from_checkpoint == "true"
+
+
+@pytest.mark.parametrize("name", ["memory_gate_learning_rate", "retrieval_weight", "learning_rate", "lora_alpha"])
+def test_nothing_is_no_value_of_a_number(tmp_path, name):
+    with pytest.raises(ValueError, match=f"{name}=None: null is no value of it; leave the option out"):
+        parsed(tmp_path, f"{name}: null")
+
+
 @pytest.mark.parametrize("value", ["true", "false", "[full_shard]"])
 def test_an_option_that_may_stand_alone_takes_a_truth_value(tmp_path, value, monkeypatch):
     """As transformers asks for FSDP; what a trainer makes of it is its own."""

@@ -137,6 +137,11 @@ def test_a_folder_of_lines_is_read_by_split(tmp_path, streaming):
         ({"bid": 3, "chapter": "T", "summary": json.dumps({"summary": "S"})}, ("3", "T", "S")),
         ({"bid": 3, "source": "x", "text": "T", "summary": ["S", "s"]}, ("3:x", "T", "S\ns")),
         ({"bid": 3, "title": "t", "text": "T", "summary": []}, ("3:t", "T", "")),
+        ({"bid": 3, "chapter": "T", "summary": {"summary": ["S", "s"]}}, ("3", "T", "S\ns")),
+        ({"bid": 3, "chapter": "T", "summary": '["S", "s"]'}, ("3", "T", "S\ns")),
+        ({"bid": 3, "chapter": "T", "summary": "[sic] S"}, ("3", "T", "[sic] S")),
+        ({"bid": 3, "chapter": 7, "text": "T", "summary": "S"}, ("3", "T", "S")),
+        ({"bid": 3, "chapter": "Chapter 7", "text": "T", "summary": "S"}, ("3", "T", "S")),
         ({"bid": 3, "text": None, "summary": "S"}, ("3", "", "S")),
         ({"bid": 3, "text": "T", "summary": None}, ("3", "T", "")),
     ],
@@ -203,10 +208,12 @@ def test_other_fields_and_options_are_refused(tmp_path, streaming):
     other = write_lines(tmp_path / "other.jsonl", [{"article": "a", "summary": "b"}])
     untold = write_lines(tmp_path / "untold.jsonl", [{"title": "a", "text": "b"}])
     broken = write_lines(tmp_path / "broken.jsonl", [{"bid": 4, "chapter": "T", "summary": "{'summary': 1}"}])
+    number = write_lines(tmp_path / "number.jsonl", [{"bid": 4, "chapter": 7, "summary": "S"}])
     for source, options, message in (
         (other, {}, r"has the columns \['article', 'summary'\]: pairs need chapter and summary_text"),
         (untold, {}, r"has the columns \['title', 'text'\]: pairs need chapter and summary_text"),
         (broken, {}, "4: its summary is not JSON"),
+        (number, {}, "7: a text or a summary is a string"),
         (good, {"summaries": "best"}, "summaries='best': must be one of 'all', 'longest'"),
         (good, {"limit": 0}, "limit=0"),
         (good, {"split": "test"}, "split='test'"),

@@ -10,7 +10,9 @@ import pytest
 import torch
 import transformers
 
+from infini_hf.data import source_digest
 from infini_hf.data.base_rows import train_tokenizer
+from infini_hf.data.booksum import load_booksum, summarization_rows
 from infini_hf.data.documents import load_documents
 from infini_hf.data.packing import pack_documents
 
@@ -290,3 +292,41 @@ def test_what_is_not_a_dataset_of_documents_is_refused(trained):
             pack_documents(documents, trained, SEGMENT, SEGMENTS)
     with pytest.raises(TypeError, match="tokenizer is a str: pass a tokenizer"):
         pack_documents(table, "gpt2", SEGMENT, SEGMENTS)
+
+
+# What is kept on the disk.
+
+
+@pytest.mark.parametrize("join", [False, True])
+def test_rows_of_another_version_of_the_code_are_made_again(trained, tmp_path, monkeypatch, join):
+    """`datasets` knows a function by its name: what its code was before came back from the disk."""
+    book, code = tmp_path / "book.txt", tmp_path / "code"
+    book.write_text(PROSE * 6, encoding="utf-8")
+    tokenizer = with_special_tokens(trained, "bos eos")
+
+    def made():
+        documents = load_documents(book, streaming=False)
+        rows = pack_documents(documents, tokenizer, SEGMENT, SEGMENTS, join=join)
+        return documents._fingerprint, rows._fingerprint
+
+    first = made()
+    assert made() == first
+    code.mkdir()
+    (code / "packing.py").write_text("another", encoding="utf-8")
+    monkeypatch.setattr(source_digest, "FOLDER", code)
+    assert not set(first) & set(made())
+
+
+def test_pairs_of_another_version_of_the_code_are_made_again(trained, tmp_path, monkeypatch):
+    lines = tmp_path / "pairs.jsonl"
+    lines.write_text(json.dumps({"text": PROSE, "summary": PROSE[:30]}) + "\n", encoding="utf-8")
+    tokenizer = with_special_tokens(trained, "bos eos")
+
+    def made():
+        pairs = load_booksum(lines, drop_empty=True)
+        return pairs._fingerprint, summarization_rows(pairs, tokenizer)._fingerprint
+
+    first = made()
+    assert made() == first
+    monkeypatch.setattr(source_digest, "FOLDER", tmp_path / "none")
+    assert not set(first) & set(made())

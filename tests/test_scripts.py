@@ -234,7 +234,17 @@ def test_a_finished_run_whose_last_checkpoint_is_gone_is_finished(pretrained, da
     told = capsys.readouterr().out
     assert "already complete: 2 of 2 steps" in told
     assert "resumed from" not in told
-    # One that is asked for by name is gone on from.
+    # So is one that kept none, and a new beginning has to be asked for.
+    shutil.rmtree(tmp_path / "run" / "checkpoint-1")
+    assert pretrain(data, tmp_path / "run") == results
+    assert "begin again with --resume_from_checkpoint false" in capsys.readouterr().out
+    pretrain(data, tmp_path / "run", "--resume_from_checkpoint", "false")
+    assert "trained     2 of 2 steps" in capsys.readouterr().out
+    # One that is asked for by name is gone on from, and one that is there is not where that is not wanted.
+    pretrain(data, tmp_path / "run", "--resume_from_checkpoint", "false")
+    told = capsys.readouterr().out
+    assert "resumed from" not in told
+    assert "trained     2 of 2 steps" in told
     pretrain(data, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-1")
     assert "resumed from" in capsys.readouterr().out
 
@@ -339,8 +349,15 @@ def test_without_lora_all_weights_are_trained(way, data, tmp_path):
     assert "all weights" in (output / "final" / "README.md").read_text(encoding="utf-8")
 
 
-def test_four_bits_without_lora_are_refused():
+def test_adapters_that_are_none_and_four_bits_without_them_are_refused():
     """Before a base is loaded for them."""
+    for options, message in (
+        ({"lora_r": -1}, "lora_r=-1: must be at least 1"),
+        ({"lora_dropout": 2.0}, r"lora_dropout=2\.0: must be from 0 to below 1"),
+        ({"lora_target_modules": []}, "lora_target_modules: name the layers"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            LoraArguments(**options)
     with pytest.raises(ValueError, match="load_in_4bit needs lora_r"):
         LoraArguments(load_in_4bit=True)
 

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import logging
+import math
 import sys
 from types import SimpleNamespace
 
@@ -526,7 +527,10 @@ def collated(**columns):
         ({"offload_memory_states": True, "recompute_segments": False}, ValueError, "set recompute_segments=True"),
         ({"bptt_segments": 0}, ValueError, "bptt_segments=0: must be at least 1, or None"),
         ({"bptt_segments": -1}, ValueError, "bptt_segments=-1"),
-        ({"memory_gate_learning_rate": -1.0}, ValueError, r"memory_gate_learning_rate=-1\.0: must not be negative"),
+        ({"memory_gate_learning_rate": -1.0}, ValueError, r"memory_gate_learning_rate=-1\.0: must be a number of at"),
+        ({"memory_gate_learning_rate": math.nan}, ValueError, "memory_gate_learning_rate=nan: must be a number"),
+        ({"memory_projection_learning_rate": math.inf}, ValueError, "memory_projection_learning_rate=inf"),
+        ({"gradient_accumulation_steps": 0}, ValueError, "gradient_accumulation_steps=0: must be at least 1"),
     ],
 )
 def test_arguments_that_exclude_each_other_are_refused(tmp_path, options, error, message):
@@ -559,7 +563,7 @@ def test_a_launcher_that_compiles_is_refused(tmp_path, monkeypatch):
 
 def test_arguments_are_stored_without_the_token_of_the_hub(tmp_path):
     args = InfiniTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, hub_token="hf_secret")
-    assert copy.deepcopy(args).hub_token == args.hub_token == "hf_secret"
+    assert copy.deepcopy(args).hub_token == copy.copy(args).hub_token == args.hub_token == "hf_secret"
     torch.save(args, tmp_path / "training_args.bin")
     assert b"hf_secret" not in (tmp_path / "training_args.bin").read_bytes()
     again = torch.load(tmp_path / "training_args.bin", weights_only=False)

@@ -87,7 +87,18 @@ def parse_arguments(dataclass_types, description, argv=None):
         raise ValueError(str(error)) from error
     refuse_unknown(parsed[-1], known)
     # The parser hands `--config` back in a namespace of its own, after the dataclasses.
-    return parsed[: len(dataclass_types)]
+    filled = parsed[: len(dataclass_types)]
+    for part in filled:
+        if hasattr(part, NAME_OR_BOOL):
+            setattr(part, NAME_OR_BOOL, name_or_bool(getattr(part, NAME_OR_BOOL)))
+    return filled
+
+
+def name_or_bool(value):
+    """A truth value that was typed as one; the name of what is there is a name, whatever it is called."""
+    if not isinstance(value, str) or Path(value).exists():
+        return value
+    return next((truth for truth, words in WORDS.items() if value.lower() in words), value)
 
 
 def as_typed(parser, name, value, hint):
@@ -96,7 +107,8 @@ def as_typed(parser, name, value, hint):
     Args:
         parser (`ScriptParser`): knows what each option takes.
         name (`str`): the option.
-        value: what YAML made of it. `None` stays, and so does a list or a mapping that only a file can give.
+        value: what YAML made of it. `None` stays where it can be a value, and so does a list or a mapping that only a
+            file can give.
         hint: the annotation of the option's field.
 
     Raises:
@@ -106,6 +118,8 @@ def as_typed(parser, name, value, hint):
     action = parser._option_string_actions[f"--{name}"]
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     several = action.nargs == "+"
+    if value is None and parser.get_default(name) is not None and type(None) not in kinds:
+        raise ValueError("null is no value of it; leave the option out for its default")
     if value is None or (isinstance(value, bool) and name == NAME_OR_BOOL):
         return value
     if type(value) in kinds & {bool, list, dict} and not several:

@@ -40,11 +40,13 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     trainer = InfiniTrainer(
         model=model, args=args, train_dataset=rows, eval_dataset=eval_rows, processing_class=tokenizer
     )
-    start = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir) or last_whole_checkpoint(args.output_dir)
+    start = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if args.resume_from_checkpoint is None:
+        start = last_whole_checkpoint(args.output_dir)
     before, final = steps_of(start), Path(args.output_dir) / "final"
     described = read_summary(final).get("steps")
-    # Of a complete run whose best checkpoint is kept, the last may be gone.
-    goes_on = described == before or (start is not None and args.resume_from_checkpoint is None)
+    # Of a complete run the last checkpoint may be gone, where the best one or none is kept.
+    goes_on = described == before or args.resume_from_checkpoint is None
     if described is not None and goes_on and described >= args.max_steps > 0:
         return keep_results(trainer, final, described, args.max_steps)
     if start is not None:
@@ -53,9 +55,8 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
         metrics = trainer.train(resume_from_checkpoint=start).metrics
         steps = trainer.state.global_step
         if steps == 0:
-            raise ValueError(
-                f"max_steps={args.max_steps}: no step was trained: the data gave no batch, and {final} was not written"
-            )
+            why = "the data gave no batch" if args.max_steps else "give at least 1, or -1 for num_train_epochs"
+            raise ValueError(f"max_steps={args.max_steps}: no step was trained: {why}, and {final} was not written")
         if described == before == steps:
             return keep_results(trainer, final, steps, trainer.state.max_steps)
         if trainer.is_world_process_zero():
@@ -116,7 +117,8 @@ def keep_results(trainer, final, steps, asked):
     say(
         trainer,
         f"already complete: {steps:,} of {asked:,} steps in {trainer.args.output_dir}; give another output_dir, or "
-        f"more max_steps. Nothing was trained or written; {final / CARD} says how it was trained",
+        "more max_steps, or begin again with --resume_from_checkpoint false. Nothing was trained or written; "
+        f"{final / CARD} says how it was trained",
     )
     publish(trainer, final)
     return json.loads((final / RESULTS).read_text(encoding="utf-8"))

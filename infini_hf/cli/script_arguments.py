@@ -127,6 +127,8 @@ class ModelArguments:
         """
         folder = None if adapter is None else find_adapter(adapter)
         name = self.check(folder)
+        if self.threads < 0:
+            raise ValueError(f"threads={self.threads}: must be at least 1, or 0 for torch's choice")
         if self.threads:
             torch.set_num_threads(self.threads)
         if self.matmul_precision is not None:
@@ -159,6 +161,12 @@ class LoraArguments:
     load_in_4bit: bool = field(default=False, metadata={"help": "QLoRA: the base in 4 bits (needs bitsandbytes)"})
 
     def __post_init__(self):
+        if (self.lora_r or 0) < 0:
+            raise ValueError(f"lora_r={self.lora_r}: must be at least 1, or left out to train all weights")
+        if not 0 <= self.lora_dropout < 1:
+            raise ValueError(f"lora_dropout={self.lora_dropout}: must be from 0 to below 1")
+        if not self.lora_target_modules:
+            raise ValueError("lora_target_modules: name the layers to adapt, or all-linear")
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit needs lora_r: weights of four bits cannot be trained")
 

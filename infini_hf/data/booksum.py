@@ -2,13 +2,14 @@
 
 import json
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from .collator import IGNORED
 from .documents import check_count, columns_of, open_rows, take
 from .packing import document_number, plain_ids, require_tokenizer, row_features, token
 from .pair_filter import drop_empty_pairs, keep_longest
+from .source_digest import source_digest
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +69,8 @@ def load_booksum(
         check_count("limit", limit)
     rows = open_rows(source, split, configuration(source, level), streaming)
     columns = columns_of(rows, source)
-    text_column = "chapter" if "chapter" in columns else "text"
+    # Beside a text, a chapter is its name or its number.
+    text_column = "text" if "text" in columns else "chapter"
     if text_column not in columns or not {"summary", "summary_text"} & set(columns):
         raise ValueError(
             f"source={str(source)!r} has the columns {columns}: pairs need chapter and summary_text, or text and "
@@ -109,6 +111,7 @@ class Pairs:
 
     text_column: str
     summaries: str
+    source: str = field(default_factory=source_digest)
 
     def __call__(self, batch, indices):
         pairs = {name: [] for name in PAIR_COLUMNS}
@@ -135,14 +138,36 @@ def summaries_of(row, index):
             stored = json.loads(stored).get("summary")
         except json.JSONDecodeError as error:
             raise ValueError(f"{pair_id(row, index, row.get('source'))}: its summary is not JSON ({error})") from error
+    elif isinstance(stored, str) and stored.lstrip().startswith("["):
+        stored = list_of_words(stored)
+    elif isinstance(stored, dict):
+        stored = stored.get("summary")
     elif isinstance(stored, list) and stored and isinstance(stored[0], dict):
         return [(item.get("source"), as_text(item.get("text"))) for item in stored]
     return [(row.get("source"), as_text(stored))]
 
 
+def list_of_words(stored):
+    """The strings that a JSON list holds; a text that is none as it is, whatever it begins with."""
+    try:
+        found = json.loads(stored)
+    except json.JSONDecodeError:
+        return stored
+    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else stored
+
+
 def as_text(value):
-    """A string as it is, a list of paragraphs as one, and what is missing as an empty string."""
-    return "\n".join(value) if isinstance(value, list) else value or ""
+    """A string as it is, a list of paragraphs as one, and what is missing as an empty string.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    value = "" if value is None else "\n".join(map(as_text, value)) if isinstance(value, list) else value
+    if not isinstance(value, str):
+        raise ValueError(
+            f"{value!r}: a text or a summary is a string or a list of strings, not {type(value).__name__}"
+        )
+    return value
 
 
 def pair_id(row, index, source):
@@ -229,6 +254,7 @@ class SummaryRows:
     max_text_tokens: int | None
     max_summary_tokens: int | None
     tell_cut: bool
+    source: str = field(default_factory=source_digest)
 
     def __call__(self, batch, indices):
         rows = [

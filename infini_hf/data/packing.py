@@ -1,11 +1,12 @@
 """Whole documents as rows of segments: tokenised once each, cut without a gap, their boundaries recorded."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from .documents import check_count, generated
+from .source_digest import source_digest
 
 # A row of one token has nothing to predict.
 LEAST_TOKENS = 2
@@ -70,6 +71,7 @@ class DocumentRows:
     tokenizer: Any
     row_length: int
     min_tokens: int
+    source: str = field(default_factory=source_digest)
 
     def __call__(self, batch, indices):
         rows = {"input_ids": [], "document": [], "part": []}
@@ -84,7 +86,7 @@ class DocumentRows:
         return {**rows, "labels": rows["input_ids"]}
 
 
-def joined_rows(documents, tokenizer, row_length, min_tokens):
+def joined_rows(documents, tokenizer, row_length, min_tokens, source=None):
     """Yields the rows of one stream of documents; what is held is one document and one row."""
     refuse_parts_of_a_stream(documents)
     bos = [] if tokenizer.bos_token_id == tokenizer.eos_token_id else token(tokenizer.bos_token_id)

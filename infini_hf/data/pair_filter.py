@@ -2,7 +2,9 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from .source_digest import source_digest
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class Whole:
     """Whether a pair has both; the first that has not is told of, where that is asked for."""
 
     tell: bool
+    source: str = field(default_factory=source_digest)
 
     def __call__(self, pair_id, text, summary):
         whole = bool(text.strip() and summary.strip())
