@@ -72,6 +72,11 @@ def refuse_options(trainer):
             f"{args.gradient_accumulation_steps}: a pass may end inside a step, whose rows a resumed run would read "
             "again into lanes that hold them; set save_strategy='steps'"
         )
+    if args.carry_memory and args.accelerator_config.split_batches and args.world_size > 1:
+        raise NotImplementedError(
+            "accelerator_config.split_batches with carry_memory=True on several processes: lanes are dealt out for a "
+            "batch of each process; leave it out, and set per_device_train_batch_size"
+        )
     if args.carry_memory and getattr(args, "enable_jit_checkpoint", False):
         raise NotImplementedError(
             "enable_jit_checkpoint with carry_memory=True: it saves between a backward pass and its step, when the "

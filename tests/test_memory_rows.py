@@ -88,6 +88,14 @@ def test_filler_between_questions_leaves_room_for_the_facts(tokenizer):
             assert torch.equal(row["sources"] >= 0, row["loss_weights"] > 1)
 
 
+def test_a_row_without_room_for_its_question_is_refused(tokenizer):
+    """It came out longer than was asked for, and without the fact."""
+    style = MemoryRowStyle(passkey_fraction=1.0, least_segments=1, most_segments=1)
+    rows = MemoryRows([PROSE * 4], tokenizer, 8, 8, style)
+    with pytest.raises(ValueError, match="least_segments=1, segment_length=8: a row of 8 tokens has no room"):
+        [rows[index] for index in range(8)]
+
+
 @pytest.mark.parametrize("kind", ["passkey", "key", "word", "brief"])
 def test_sources_are_where_the_answers_were_stated(tokenizer, kind):
     style = MemoryRowStyle(

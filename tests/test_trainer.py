@@ -554,6 +554,16 @@ def test_what_was_not_tried_or_cannot_be_resumed_is_refused(tmp_path, options, m
         make_trainer(tmp_path, parts={"args": args})
 
 
+def test_lanes_of_batches_that_processes_share_are_refused(tmp_path, monkeypatch):
+    """The rows would be dealt to twice as many lanes as there are, and the error would say to do what is done."""
+    args = InfiniTrainingArguments(str(tmp_path), report_to=[], use_cpu=True, carry_memory=True)
+    args.accelerator_config.split_batches = True
+    trainer = make_trainer(tmp_path, parts={"args": args})
+    monkeypatch.setattr(InfiniTrainingArguments, "world_size", 2)
+    with pytest.raises(NotImplementedError, match=r"split_batches with carry_memory=True"):
+        refuse_what_cannot_work(trainer)
+
+
 def test_a_launcher_that_compiles_is_refused(tmp_path, monkeypatch):
     trainer = make_trainer(tmp_path)
     monkeypatch.setattr(trainer.accelerator.state, "dynamo_plugin", TorchDynamoPlugin(backend="eager"))

@@ -84,8 +84,8 @@ class BaseRows(torch.utils.data.Dataset):
         self.style = STYLES[recall_style]
         self.recall_fraction, self.seed = recall_fraction, seed
         self.text = "\n\n".join(texts)
-        encoded = [np.asarray(ids, dtype=np.uint16) for ids in tokenizer(texts)["input_ids"]]
-        end = np.asarray([tokenizer.eos_token_id], dtype=np.uint16)
+        encoded = [np.asarray(ids, dtype=np.int32) for ids in tokenizer(texts)["input_ids"]]
+        end = np.asarray([tokenizer.eos_token_id], dtype=np.int32)
         self.tokens = np.concatenate([part for ids in encoded for part in (ids, end)])
         self.windows = len(self.tokens) // row_length - 1
         if self.windows < 1:

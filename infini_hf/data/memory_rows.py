@@ -31,7 +31,7 @@ class MemoryRows(torch.utils.data.Dataset):
     those of a novel never are, since its memory is carried on.
 
     Raises:
-        ValueError: when there is too little text.
+        ValueError: when there is too little text, or, of a row, when it is too short for its questions.
     """
 
     def __init__(self, texts, tokenizer, rows, segment_length, style=MemoryRowStyle(), seed=0):  # noqa: B008 (frozen)
@@ -73,6 +73,11 @@ class MemoryRows(torch.utils.data.Dataset):
         order = rng.permutation(len(facts))
         questions = [self._question(facts[i], joiner) for i in order]
         needles = [self._encode(f"{joiner}{fact.statement}{joiner}") for fact in facts]
+        if lengths_of(questions) >= length:
+            raise ValueError(
+                f"least_segments={style.least_segments}, segment_length={self.segment_length}: a row of {length} "
+                f"tokens has no room for a question of {lengths_of(questions)}; give more segments, or longer ones"
+            )
         if style.most_gap:
             gaps = [self._gap(rng) for _ in questions[1:]]
             over = sum(map(len, needles)) + lengths_of(questions) + sum(map(len, gaps)) - length
