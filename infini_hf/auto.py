@@ -130,11 +130,16 @@ def read_gates(name, hub, variant=None):
     """All gates in a safetensors checkpoint, by name, float32."""
     # In the order of transformers: an index may be left of weights that were in several files once.
     missing_ok = {"_raise_exceptions_for_missing_entries": False}
+    # What was asked to be fetched anew has been, with the weights.
+    hub = {**hub, "force_download": False}
     whole, index = (_add_variant(file, variant) for file in (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME))
-    if cached_file(name, whole, **hub, **missing_ok) is not None:
+    table = None
+    if cached_file(name, whole, **hub, **missing_ok) is None:
+        table = cached_file(name, index, **hub, **missing_ok)
+    if table is None:
         files = [whole]
     else:
-        with open(cached_file(name, index, **hub), encoding="utf-8") as file:
+        with open(table, encoding="utf-8") as file:
             places = json.load(file)["weight_map"]
         files = sorted({place for key, place in places.items() if key.endswith((GATE, *SHIFTS, *PROJECTIONS))})
     gates = {}

@@ -95,7 +95,9 @@ class GenerationOptions:
             NotImplementedError: names the option.
         """
         for name in ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp"):
-            if self._get(name):
+            # Of beams transformers does without what a config asks for, and says so.
+            value = self.given.get(name) if self.beams > 1 else self._get(name)
+            if value is not None and value is not False:
                 raise NotImplementedError(f"{name}: {NO_ROLLBACK}")
 
     def check_ends(self, rows):

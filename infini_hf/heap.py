@@ -10,6 +10,7 @@ Accelerators have allocators of their own and do not need any of this.
 import contextlib
 import ctypes
 import functools
+import os
 import platform
 
 # Of glibc's malloc.h: how much is kept free at the end of the heap, and from what size on a block is mapped by itself.
@@ -17,7 +18,9 @@ import platform
 # Larger blocks stay mapped by themselves: in the heap each one may find the hole of the last a few bytes too small.
 TRIM_THRESHOLD, MMAP_THRESHOLD = -1, -3
 KEEP = {TRIM_THRESHOLD: 2**31 - 1, MMAP_THRESHOLD: 32 * 2**20}
-AS_FOUND = {TRIM_THRESHOLD: 64 * 2**20, MMAP_THRESHOLD: 32 * 2**20}
+AFTERWARDS = {TRIM_THRESHOLD: 64 * 2**20, MMAP_THRESHOLD: 32 * 2**20}
+# Whoever set one of these has chosen.
+VARIABLES = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_")
 
 
 @functools.cache
@@ -37,14 +40,19 @@ def release_free_pages(device):
 def kept_pages():
     """Free pages stay with the process meanwhile, for what is computed next on a CPU; nothing but time depends on it.
 
-    It is a setting of the process, so it is the program's to make, not a library's: `infini-hf` and the scripts do.
-    [`release_free_pages`] still gives back what is free.
+    It is a setting of the process, so it is the program's to make, not a library's: `infini-hf` and the scripts that
+    go through [`infini_hf.cli.errors.run_script`] do, unless the environment says otherwise. What was set before
+    cannot be read; afterwards it is as glibc has it once a process has freed large blocks. [`release_free_pages`]
+    still gives back what is free.
     """
+    if any(name in os.environ for name in VARIABLES):
+        yield
+        return
     set_options(KEEP)
     try:
         yield
     finally:
-        set_options(AS_FOUND)
+        set_options(AFTERWARDS)
 
 
 def set_options(options):

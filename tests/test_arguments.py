@@ -79,6 +79,8 @@ def test_a_truth_value_may_be_typed_for_a_checkpoint_and_a_folder_of_that_name_i
         assert args.resume_from_checkpoint == expected
         *_, args = parsed(tmp_path, f"resume_from_checkpoint: {word}")
         assert args.resume_from_checkpoint == expected
+    *_, args = parsed(tmp_path, "", KINDS, "--resume_from_checkpoint", "")
+    assert args.resume_from_checkpoint is None
     (tmp_path / "true").mkdir()
     *_, args = parsed(tmp_path, "", KINDS, "--resume_from_checkpoint", "true")
     assert args.resume_from_checkpoint == "true"

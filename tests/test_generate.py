@@ -599,6 +599,9 @@ def test_an_assistant_is_refused_before_it_touches_the_model(family, option):
             call()
     assert model.config.num_hidden_layers == layers
     assert model(ids).logits.equal(before)
+    # Of beams transformers does without.
+    config.num_beams, config.do_sample = 2, False
+    assert generate(model, ids, generation_config=config).equal(model.generate(ids, generation_config=config))
 
 
 @pytest.mark.parametrize("ids", [torch.zeros(1, 0, dtype=torch.long), [], [[]]], ids=str)

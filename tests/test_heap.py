@@ -55,11 +55,18 @@ def test_pages_can_go_back_here():
     assert (heap.c_library() is not None) == (platform.libc_ver()[0] == "glibc")
 
 
-def test_a_program_that_fails_leaves_the_heap_as_others_expect_it(library):
+def test_a_program_that_fails_lets_pages_go_again(library):
     with pytest.raises(ZeroDivisionError), heap.kept_pages():
         raise ZeroDivisionError
-    assert library.calls == [*heap.KEEP.items(), *heap.AS_FOUND.items()]
-    assert set(heap.KEEP) == set(heap.AS_FOUND)
+    assert library.calls == [*heap.KEEP.items(), *heap.AFTERWARDS.items()]
+    assert set(heap.KEEP) == set(heap.AFTERWARDS)
+
+
+def test_what_the_environment_says_of_the_heap_stays(library, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "1000000")
+    with heap.kept_pages():
+        pass
+    assert library.calls == []
 
 
 def faults():

@@ -237,14 +237,13 @@ def test_a_finished_run_whose_last_checkpoint_is_gone_is_finished(pretrained, da
     # So is one that kept none, and a new beginning has to be asked for.
     shutil.rmtree(tmp_path / "run" / "checkpoint-1")
     assert pretrain(data, tmp_path / "run") == results
-    assert "begin again with --resume_from_checkpoint false" in capsys.readouterr().out
+    assert "already complete: 2 of 2 steps" in capsys.readouterr().out
     pretrain(data, tmp_path / "run", "--resume_from_checkpoint", "false")
     assert "trained     2 of 2 steps" in capsys.readouterr().out
-    # One that is asked for by name is gone on from, and one that is there is not where that is not wanted.
-    pretrain(data, tmp_path / "run", "--resume_from_checkpoint", "false")
-    told = capsys.readouterr().out
-    assert "resumed from" not in told
-    assert "trained     2 of 2 steps" in told
+    # Checkpoints of two runs side by side would be taken for each other's.
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint=False with .*checkpoint-2 of another run"):
+        pretrain(data, tmp_path / "run", "--resume_from_checkpoint", "false")
+    # One that is asked for by name is gone on from.
     pretrain(data, tmp_path / "run", "--resume_from_checkpoint", tmp_path / "run" / "checkpoint-1")
     assert "resumed from" in capsys.readouterr().out
 

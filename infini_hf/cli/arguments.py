@@ -96,6 +96,9 @@ def parse_arguments(dataclass_types, description, argv=None):
 
 def name_or_bool(value):
     """A truth value that was typed as one; the name of what is there is a name, whatever it is called."""
+    if value == "":
+        # As of a variable of the shell that is not set: it names nothing.
+        return None
     if not isinstance(value, str) or Path(value).exists():
         return value
     return next((truth for truth, words in WORDS.items() if value.lower() in words), value)

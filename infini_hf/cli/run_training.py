@@ -43,6 +43,11 @@ def train_and_report(args, model, tokenizer, rows, eval_rows, base, data, comman
     start = resolve_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if args.resume_from_checkpoint is None:
         start = last_whole_checkpoint(args.output_dir)
+    elif start is None and (older := last_whole_checkpoint(args.output_dir)) is not None:
+        raise ValueError(
+            f"resume_from_checkpoint={args.resume_from_checkpoint} with {older} of another run in output_dir: later "
+            "nothing would tell its checkpoints from those of the new run; give another output_dir, or remove them"
+        )
     before, final = steps_of(start), Path(args.output_dir) / "final"
     described = read_summary(final).get("steps")
     # Of a complete run the last checkpoint may be gone, where the best one or none is kept.
@@ -117,7 +122,7 @@ def keep_results(trainer, final, steps, asked):
     say(
         trainer,
         f"already complete: {steps:,} of {asked:,} steps in {trainer.args.output_dir}; give another output_dir, or "
-        "more max_steps, or begin again with --resume_from_checkpoint false. Nothing was trained or written; "
+        "more max_steps. Nothing was trained or written; "
         f"{final / CARD} says how it was trained",
     )
     publish(trainer, final)

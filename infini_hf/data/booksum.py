@@ -60,8 +60,8 @@ def load_booksum(
         `datasets.Dataset`, or `datasets.IterableDataset` with `streaming=True`.
 
     Raises:
-        ValueError: when the source, split or level does not exist, its fields are others, a summary is not JSON, or
-            no pair is left (of a table).
+        ValueError: when the source, split or level does not exist, its fields are others, a summary is not JSON, a
+            text is no text, or no pair is left (of a table).
     """
     if summaries not in SUMMARIES:
         raise ValueError(f"summaries={summaries!r}: must be one of {', '.join(map(repr, SUMMARIES))}")
@@ -120,7 +120,10 @@ class Pairs:
             found = summaries_of(row, index)
             if self.summaries == "longest":
                 found = [max(found, key=lambda pair: len(pair[1]))]
-            text = as_text(row[self.text_column])
+            try:
+                text = as_text(row[self.text_column])
+            except ValueError as error:
+                raise ValueError(f"{pair_id(row, index, row.get('source'))}: {error}") from error
             for source, summary in found:
                 pairs["id"].append(pair_id(row, index, source))
                 pairs["text"].append(text)
@@ -139,21 +142,22 @@ def summaries_of(row, index):
         except json.JSONDecodeError as error:
             raise ValueError(f"{pair_id(row, index, row.get('source'))}: its summary is not JSON ({error})") from error
     elif isinstance(stored, str) and stored.lstrip().startswith("["):
-        stored = list_of_words(stored)
+        stored = stored_list(stored)
     elif isinstance(stored, dict):
         stored = stored.get("summary")
-    elif isinstance(stored, list) and stored and isinstance(stored[0], dict):
+    if isinstance(stored, list) and stored and isinstance(stored[0], dict):
         return [(item.get("source"), as_text(item.get("text"))) for item in stored]
     return [(row.get("source"), as_text(stored))]
 
 
-def list_of_words(stored):
-    """The strings that a JSON list holds; a text that is none as it is, whatever it begins with."""
+def stored_list(stored):
+    """The strings or dicts that a JSON list holds; a text that is none as it is, whatever it begins with."""
     try:
         found = json.loads(stored)
     except json.JSONDecodeError:
         return stored
-    return found if isinstance(found, list) and all(isinstance(item, str) for item in found) else stored
+    kinds = {type(item) for item in found} if isinstance(found, list) else {None}
+    return found if kinds in ({str}, {dict}) else stored
 
 
 def as_text(value):
@@ -165,7 +169,7 @@ def as_text(value):
     value = "" if value is None else "\n".join(map(as_text, value)) if isinstance(value, list) else value
     if not isinstance(value, str):
         raise ValueError(
-            f"{value!r}: a text or a summary is a string or a list of strings, not {type(value).__name__}"
+            f"{str(value)[:40]!r}: a text or a summary is a string or a list of strings, not {type(value).__name__}"
         )
     return value
 
