@@ -89,7 +89,7 @@ def test_the_lines_say_what_the_memory_does():
     said = f"memory {row.perplexity:.2f}, closed {rows[1].perplexity:.2f}, ratio {row.ratio:.4f} {ends}; of the gap"
     assert said in lines[-1]
     assert f"the memory closes {100 * row.share:.1f} (" in lines[-1]
-    other = compare({**losses, "other:text=2": losses["full"]}, 4)
+    other = compare({**losses, "other": losses["full"]}, 4)
     last = comparison_lines(other, 4)[-1]
     assert f"{ends}; memory of another text {rows[2].perplexity:.2f}; of the gap" in last
     assert comparison_lines(compare(losses, 30), 30) == ["No text reaches beyond the first segment (position 30)."]

@@ -9,6 +9,7 @@ from transformers.utils import logging as transformers_logging
 
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
+from ..data.local_parts import read_utf8
 from .adapters import load_adapted
 from .names import find_device, find_dtype, find_file, find_model, loading
 
@@ -53,10 +54,7 @@ def read_text(path: Path):
     Raises:
         ValueError: when it is not there, empty or not text.
     """
-    try:
-        text = find_file(path, "text").read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: is not UTF-8 text ({error}); convert it first") from error
+    text = read_utf8(find_file(path, "text"))
     if not text.strip():
         raise ValueError(f"{path}: is empty")
     return text

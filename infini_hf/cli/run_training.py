@@ -122,8 +122,7 @@ def keep_results(trainer, final, steps, asked):
     say(
         trainer,
         f"already complete: {steps:,} of {asked:,} steps in {trainer.args.output_dir}; give another output_dir, or "
-        "more max_steps. Nothing was trained or written; "
-        f"{final / CARD} says how it was trained",
+        f"more max_steps. Nothing was trained or written; {final / CARD} says how it was trained",
     )
     publish(trainer, final)
     return json.loads((final / RESULTS).read_text(encoding="utf-8"))

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .local_parts import read_utf8
 from .needles import STYLES, recall_document
 
 END_OF_TEXT = "<|endoftext|>"
@@ -22,14 +23,7 @@ def read_texts(folder):
     files = sorted(Path(folder).glob("*.txt"))
     if not files:
         raise ValueError(f"data folder {str(folder)!r}: holds no .txt file; name a folder of plain-text books")
-    return [read_book(file) for file in files]
-
-
-def read_book(file):
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
+    return [read_utf8(file) for file in files]
 
 
 def train_tokenizer(texts, vocab_size=4096):

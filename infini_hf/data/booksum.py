@@ -1,6 +1,5 @@
 """BookSum: texts with their summaries, and the rows that teach a model to write one after reading the other."""
 
-import json
 import logging
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,6 +8,7 @@ from .collator import IGNORED
 from .documents import check_count, columns_of, open_rows, take
 from .packing import document_number, plain_ids, require_tokenizer, row_features, token
 from .pair_filter import drop_empty_pairs, keep_longest
+from .pair_forms import PAIR_COLUMNS, Pairs
 from .source_digest import source_digest
 
 logger = logging.getLogger(__name__)
@@ -19,9 +19,6 @@ LEVELS = {
     "ubaada/booksum-complete-cleaned": {"books": "books", "chapters": "chapters"},
 }
 SUMMARIES = ("all", "longest")
-# What tells a text from others, in the order of an id; the source of the summary follows.
-ID_FIELDS = ("bid", "book_id", "title", "book_title", "chapter_id")
-PAIR_COLUMNS = ["id", "text", "summary"]
 CUT_COLUMNS = ["text_cut", "summary_cut"]
 # The question stands at the end, where it is read last, and at the beginning, so that the memory knows what to keep.
 DEFAULT_PROMPT = "Read the following text, then write a summary of it.\n\n{text}\n\nA summary of the text above:\n"
@@ -103,80 +100,6 @@ def configuration(source, level):
             + (f"; for {level} use source={others[0]!r}" if others else "")
         )
     return levels[next(iter(levels)) if level is None else level]
-
-
-@dataclass(frozen=True)
-class Pairs:
-    """The pairs of a batch of rows, whichever of the two schemas they have."""
-
-    text_column: str
-    summaries: str
-    source: str = field(default_factory=source_digest)
-
-    def __call__(self, batch, indices):
-        pairs = {name: [] for name in PAIR_COLUMNS}
-        for index, *values in zip(indices, *batch.values(), strict=True):
-            row = dict(zip(batch, values, strict=True))
-            found = summaries_of(row, index)
-            if self.summaries == "longest":
-                found = [max(found, key=lambda pair: len(pair[1]))]
-            try:
-                text = as_text(row[self.text_column])
-            except ValueError as error:
-                raise ValueError(f"{pair_id(row, index, row.get('source'))}: {error}") from error
-            for source, summary in found:
-                pairs["id"].append(pair_id(row, index, source))
-                pairs["text"].append(text)
-                pairs["summary"].append(summary)
-        return pairs
-
-
-def summaries_of(row, index):
-    """`(source, summary)` of every summary of a row, at least one."""
-    if as_text(row.get("summary_text")).strip():
-        return [(row.get("source"), as_text(row["summary_text"]))]
-    stored = row.get("summary")
-    if isinstance(stored, str) and stored.lstrip().startswith("{"):
-        try:
-            stored = json.loads(stored).get("summary")
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{pair_id(row, index, row.get('source'))}: its summary is not JSON ({error})") from error
-    elif isinstance(stored, str) and stored.lstrip().startswith("["):
-        stored = stored_list(stored)
-    elif isinstance(stored, dict):
-        stored = stored.get("summary")
-    if isinstance(stored, list) and stored and isinstance(stored[0], dict):
-        return [(item.get("source"), as_text(item.get("text"))) for item in stored]
-    return [(row.get("source"), as_text(stored))]
-
-
-def stored_list(stored):
-    """The strings or dicts that a JSON list holds; a text that is none as it is, whatever it begins with."""
-    try:
-        found = json.loads(stored)
-    except json.JSONDecodeError:
-        return stored
-    kinds = {type(item) for item in found} if isinstance(found, list) else {None}
-    return found if kinds in ({str}, {dict}) else stored
-
-
-def as_text(value):
-    """A string as it is, a list of paragraphs as one, and what is missing as an empty string.
-
-    Raises:
-        ValueError: for anything else.
-    """
-    value = "" if value is None else "\n".join(map(as_text, value)) if isinstance(value, list) else value
-    if not isinstance(value, str):
-        raise ValueError(
-            f"{str(value)[:40]!r}: a text or a summary is a string or a list of strings, not {type(value).__name__}"
-        )
-    return value
-
-
-def pair_id(row, index, source):
-    known = [str(row[name]) for name in ID_FIELDS if row.get(name) is not None] or [f"row {index}"]
-    return ":".join([*known, *([str(source)] if source else [])])
 
 
 def summarization_prompt(text, tokenizer, prompt=DEFAULT_PROMPT, max_text_tokens=None):

@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .local_parts import text_files
+from .local_parts import read_utf8, text_files
 from .source_digest import source_digest
 
 # Names people use for what the hub keeps under another one.
@@ -145,11 +145,7 @@ def open_texts(files, streaming):
 
 def read_stamped(files, source=None):
     for file, _, _ in files:
-        try:
-            text = Path(file).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it") from error
-        yield {"text": text, "file": file}
+        yield {"text": read_utf8(file), "file": file}
 
 
 def generated(kind, generator, features, **arguments):

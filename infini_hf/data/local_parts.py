@@ -36,6 +36,18 @@ def held_out_split(source):
     )
 
 
+def read_utf8(file):
+    """The text of a file.
+
+    Raises:
+        ValueError: when it is not UTF-8.
+    """
+    try:
+        return Path(file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
+
+
 def text_files(path, split, name=None):
     """The `.txt` files that a path stands for, in name order; none when it is another kind of source.
 

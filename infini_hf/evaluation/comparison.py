@@ -145,8 +145,7 @@ def comparison_lines(rows, start, base="closed"):
         ratio = "1" if row.way == base else number(row.ratio, row.ratio_interval, ".4f")
         lines.append(f"| {row.way} | {row.perplexity:.2f} | {ratio} | {row.tokens:,} |")
     if "memory" in by_way and base in by_way:
-        other = next((row for row in rows if row.way.split(":")[0] == "other"), None)
-        lines += ["", verdict(by_way["memory"], by_way[base], other)]
+        lines += ["", verdict(by_way["memory"], by_way[base], by_way.get("other"))]
     return lines
 
 
