@@ -18,14 +18,14 @@ import torch
 
 from . import memory as memory_math
 from . import retrieval_losses as losses
-from .attention import InfiniAttention
 from .cache import infini_config_of
 from .projections import watched
+from .told_layers import ToldLayers
 
 logger = logging.getLogger(__name__)
 
 
-class RetrievalSupervision:
+class RetrievalSupervision(ToldLayers):
     """What each told token counts, in which layers, and against what else.
 
     Args:
@@ -44,44 +44,15 @@ class RetrievalSupervision:
     """
 
     def __init__(self, weight, layers=None, negatives=0.0, loss="share", contrast=0.0, reach="model"):
-        self.weight, self.layers, self.negatives = weight, layers, negatives
-        self.loss, self.contrast, self.reach = loss, contrast, reach
+        super().__init__(weight, layers, reach)
+        self.negatives, self.loss, self.contrast = negatives, loss, contrast
         self.warned = False
-        self.restart()
 
     @classmethod
     def from_args(cls, args):
         """As [`InfiniTrainingArguments`] say."""
         names = "weight", "layers", "negatives", "loss", "contrast", "reach"
         return cls(*(getattr(args, f"retrieval_{name}") for name in names))
-
-    def restart(self):
-        """Begin to count anew."""
-        # The sum of the shares of the sources, and their number: of the step, on this rank, and of all since a log.
-        self.shares, self.noted = torch.zeros(2), torch.zeros(2, dtype=torch.float64)
-
-    def layers_of(self, model):
-        """The patched layers that are told.
-
-        Raises:
-            ValueError: names the indices that are no patched layers, or have no projections where these are all
-                that is to learn.
-        """
-        patched = {module.layer_idx: module for module in model.modules() if isinstance(module, InfiniAttention)}
-        wanted = sorted(patched) if self.layers is None else sorted(set(self.layers))
-        absent = sorted(set(wanted) - set(patched))
-        if absent or not wanted:
-            raise ValueError(
-                f"retrieval_layers={self.layers}: {absent or 'none'} are not among the patched {sorted(patched)}: "
-                "name patched layers, or leave it out for all"
-            )
-        bare = [index for index in wanted if patched[index].memory_gate.query_projection is None]
-        if self.reach == "projections" and bare:
-            raise ValueError(
-                f"retrieval_reach='projections': the memory of layers {bare} has no projections that could learn: "
-                "call infini_hf.calibration.add_memory_projections first, or name others in retrieval_layers"
-            )
-        return [patched[index] for index in wanted]
 
     @contextmanager
     def reading(self, model, ids, sources, attention_mask, seen, write_scale=None, watch=None):
@@ -111,23 +82,17 @@ class RetrievalSupervision:
             yield reading
         self.shares += reading.shares.cpu()
 
-    def note(self, shares):
-        """Count the shares of a step, of all ranks together, `(2,)`."""
-        self.noted += shares.cpu().double()
-        self.shares.zero_()
-
     def metrics(self):
         """What is logged: the mean share of the sources since this was last asked."""
-        total, count = self.noted.tolist()
-        self.noted.zero_()
-        if self.weight and not count and not self.warned:
+        found = super().metrics()
+        if self.weight and not found and not self.warned:
             logger.warning(
                 "retrieval_weight=%g, and no token of the steps before this log has its source in the memory: give "
                 "the rows a column `sources`, and put the sources segments before the answers",
                 self.weight,
             )
         self.warned = True
-        return {"retrieval_share": total / count} if count else {}
+        return found
 
 
 class BoundedKeys(torch.autograd.Function):
@@ -155,6 +120,17 @@ def map_told_keys(keys, feature_map):
     return BoundedKeys.apply(keys) if feature_map == "exp" else memory_math.map_keys(keys, feature_map)
 
 
+def segments_closed(ids, attention_mask, seen, length):
+    """How many segments each row has closed before each column, and which columns are no padding, `(batch, seq_len)`.
+
+    Returns:
+        `tuple`: int64, counted from where the row began, and bool.
+    """
+    valid = torch.ones_like(ids) if attention_mask is None else attention_mask.long()
+    began = torch.tensor(seen or (0,) * len(ids), device=ids.device)[:, None]
+    return (began + valid.cumsum(1) - valid) // length - began // length, valid.bool()
+
+
 def told_tokens(sources, attention_mask, seen, length):
     """The tokens whose source lies in the memory, and where every column stands.
 
@@ -166,16 +142,14 @@ def told_tokens(sources, attention_mask, seen, length):
         its source; `segment`, `(batch, seq_len)` int64: how many segments the row has closed before each column;
         `valid`, `(batch, seq_len)` bool: which columns are no padding.
     """
-    valid = torch.ones_like(sources) if attention_mask is None else attention_mask.long()
-    began = torch.tensor(seen or (0,) * len(sources), device=sources.device)[:, None]
-    segment = (began + valid.cumsum(1) - valid) // length - began // length
+    segment, valid = segments_closed(sources, attention_mask, seen, length)
     rows, token = (sources >= 0).nonzero(as_tuple=True)
     stated, asked = sources[rows, token], token - 1
     now = segment[rows, asked]
     # The first token of a row is predicted by none.
     kept = (token > 0) & (segment[rows, stated] < now)
     kept &= segment[rows, asked.clamp_min(0) // length * length] == now
-    return rows[kept], asked[kept], stated[kept], segment, valid.bool()
+    return rows[kept], asked[kept], stated[kept], segment, valid
 
 
 class Reading:

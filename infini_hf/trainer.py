@@ -16,7 +16,6 @@ from .distillation import Distillation
 from .lanes import Lanes
 from .parameter_groups import keep_float32, part_memory
 from .resuming import ResumableTrainer
-from .retrieval_supervision import RetrievalSupervision
 from .segment_step import (
     IGNORED,
     StepObserver,
@@ -29,6 +28,7 @@ from .segment_step import (
 )
 from .shared_rows import SharedRows
 from .streaming import require_patched
+from .supervision import MemorySupervision
 from .trainer_checks import refuse_what_cannot_work
 from .training_args import InfiniTrainingArguments
 
@@ -124,7 +124,7 @@ class InfiniTrainer(ResumableTrainer):
             distillation=self.distillation,
         )
         self.dilution = MemoryDilution.from_args(args)
-        self.supervision = RetrievalSupervision.from_args(args)
+        self.supervision = MemorySupervision.from_args(args)
         self.lanes = Lanes(config)
         refuse_what_cannot_work(self)
 
@@ -202,7 +202,7 @@ class InfiniTrainer(ResumableTrainer):
         with self.supervision.reading(inner, input_ids, sources, mask, cache.seen, scale, watch) as told:
             observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
             loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
-        loss = loss + self.supervision.weight * told.loss / num_items
+        loss = loss + told.loss / num_items
         if self._logs_this_step():
             self.gates.note_memory(cache)
         if self.args.carry_memory:

@@ -4,6 +4,7 @@ from accelerate.utils import DynamoBackend
 from transformers.trainer_utils import has_length
 
 from .cache import infini_config_of
+from .training_args import SUPERVISION_WEIGHTS
 
 
 def refuse_what_cannot_work(trainer):
@@ -88,19 +89,20 @@ def refuse_options(trainer):
             f"memory_dilution={args.memory_dilution} with memory_update={rule!r}: a scaled write equals repeated ones "
             "under the linear rule alone; patch with memory_update='linear', or leave memory_dilution at 1"
         )
-    if args.retrieval_weight and rule != "linear":
-        raise ValueError(
-            f"retrieval_weight={args.retrieval_weight} with memory_update={rule!r}: what a memory returns is a mean "
-            "of the values written under the linear rule alone; patch with memory_update='linear', or leave it at 0"
-        )
+    for name in SUPERVISION_WEIGHTS:
+        if getattr(args, name) and rule != "linear":
+            raise ValueError(
+                f"{name}={getattr(args, name)} with memory_update={rule!r}: what a memory returns is a mean of the "
+                "values written under the linear rule alone; patch with memory_update='linear', or leave it at 0"
+            )
     in_order = args.train_sampling_strategy == "sequential" or in_stream
     if args.carry_memory and args.auto_find_batch_size and in_order:
         raise ValueError(
             "auto_find_batch_size with carry_memory=True and rows in an order of their own: that order is made for "
             f"per_device_train_batch_size={args.per_device_train_batch_size}, which could change; leave one out"
         )
-    if args.retrieval_weight and trainer.model is not None:
-        trainer.supervision.layers_of(trainer.model)
+    if trainer.model is not None:
+        trainer.supervision.check(trainer.model)
     if trainer.distillation is None:
         if args.distillation_weight is not None:
             raise ValueError(
@@ -128,7 +130,7 @@ def refuse_beside_shared_rows(trainer):
         "train_sampling_strategy='batch_rebalance'": args.train_sampling_strategy == "batch_rebalance",
         "dispatch_batches": args.accelerator_config.dispatch_batches,
         f"memory_dilution={args.memory_dilution}": args.memory_dilution > 1,
-        f"retrieval_weight={args.retrieval_weight}": args.retrieval_weight,
+        **{f"{name}={getattr(args, name)}": getattr(args, name) for name in SUPERVISION_WEIGHTS},
         "a teacher": trainer.distillation is not None,
         # Lanes stand at different places of their documents.
         f"carry_memory and per_device_train_batch_size={args.per_device_train_batch_size}": (

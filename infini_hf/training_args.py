@@ -9,6 +9,9 @@ from transformers import TrainingArguments
 from .dilution import RAMPS
 from .retrieval_losses import LOSSES, REACHES
 
+# What the memory is told in training, by the names of the options that say how much it counts.
+SUPERVISION_WEIGHTS = ("retrieval_weight", "recurrence_weight")
+
 
 @dataclass
 class InfiniTrainingArguments(TrainingArguments):
@@ -64,8 +67,14 @@ class InfiniTrainingArguments(TrainingArguments):
         retrieval_contrast (`float`, *optional*, defaults to `0.0`):
             What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
             source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
+        recurrence_weight (`float`, *optional*, defaults to `0.0`):
+            Recurrence supervision ([`infini_hf.recurrence_supervision`]): what it counts, beside the loss of one
+            token, that the memory returns the token that comes next, where the row held it segments before. It needs
+            no column; rows with `sources` are left out.
+        recurrence_layers (`list[int]`, *optional*):
+            Indices of the layers that are told; all by default.
         retrieval_reach (`str`, *optional*, defaults to `"model"`):
-            How far the gradient of these losses goes: `"model"`, to every weight below, or `"projections"`, to the
+            How far the gradient of all these losses goes: `"model"`, to every weight below, or `"projections"`, to the
             memory's own projections alone, which leaves the other weights to the language-model loss.
         plot_memory_gates (`bool`, *optional*, defaults to `True`):
             Draw the layer × head map of the gates into the output folder at the end (needs matplotlib).
@@ -140,6 +149,13 @@ class InfiniTrainingArguments(TrainingArguments):
             "help": "What it counts that softmax attention with the memory's queries and keys finds the source."
         },
     )
+    recurrence_weight: float = field(
+        default=0.0,
+        metadata={"help": "What it counts that the memory returns what comes next, where it came before."},
+    )
+    recurrence_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers that recurrence_weight is for; all by default."}
+    )
     retrieval_reach: str = field(
         default="model",
         metadata={"help": "What learns from being told: model (every weight), or projections (the memory's own)."},
@@ -181,14 +197,15 @@ class InfiniTrainingArguments(TrainingArguments):
         if self.retrieval_reach not in REACHES:
             reaches = ", ".join(map(repr, REACHES))
             raise ValueError(f"retrieval_reach={self.retrieval_reach!r}: must be one of {reaches}")
-        for name in ("retrieval_weight", "retrieval_negatives", "retrieval_contrast"):
+        for name in (*SUPERVISION_WEIGHTS, "retrieval_negatives", "retrieval_contrast"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, which is off")
-        if self.retrieval_weight and self.recompute_segments:
-            raise ValueError(
-                f"retrieval_weight={self.retrieval_weight} with recompute_segments=True: the loss needs the keys of "
-                "the segments before, which would be computed again; set recompute_segments=False"
-            )
+        for name in SUPERVISION_WEIGHTS:
+            if getattr(self, name) and self.recompute_segments:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with recompute_segments=True: the loss needs the keys of the "
+                    "segments before, which would be computed again; set recompute_segments=False"
+                )
         if self.carry_memory and self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} with carry_memory=True: rows are read in "

@@ -51,6 +51,6 @@ def test_the_trainer_takes_it_and_refuses_layers_without_projections(tmp_path):
         make_trainer(tmp_path, rows=told_rows(), **options)
     model = add_memory_projections(tiny_model(), layers=[1])
     trainer = make_trainer(tmp_path, model=model, rows=told_rows(), retrieval_layers=[1], **options)
-    assert trainer.supervision.reach == "projections"
+    assert trainer.supervision.retrieval.reach == "projections"
     with pytest.raises(ValueError, match="retrieval_reach='heads': must be one of 'model', 'projections'"):
         InfiniTrainingArguments("out", retrieval_reach="heads")

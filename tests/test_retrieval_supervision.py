@@ -371,7 +371,7 @@ def test_memory_is_carried_beside_it_and_evaluation_needs_no_sources(tmp_path):
     with_sources = trainer.evaluate()["eval_loss"]
     plain = Dataset.from_list(rows).remove_columns("sources")
     assert with_sources == trainer.evaluate(plain)["eval_loss"]
-    assert trainer.supervision.noted.tolist() == [0.0, 0.0]
+    assert trainer.supervision.retrieval.noted.tolist() == [0.0, 0.0]
 
 
 def test_what_cannot_be_told_is_refused(tmp_path):
