@@ -124,9 +124,13 @@ def of_training(stage, style):
     ]
     if stage.get("memory_projections"):
         what.append("projections of the memory's own")
-    if stage.get("retrieval_weight"):
-        layers = ", ".join(map(str, stage.get("retrieval_layers") or ["all"]))
-        what.append(f"layers {layers} told where answers were stated")
+    for name, told in (
+        ("retrieval", "where answers were stated"),
+        ("recurrence", "where what comes next came before"),
+    ):
+        if stage.get(f"{name}_weight"):
+            layers = ", ".join(map(str, stage.get(f"{name}_layers") or ["all"]))
+            what.append(f"layers {layers} told {told}")
     if style["novel_lanes"]:
         what.append(
             f"{style['novel_lanes']} rows read novels on with the memory carried from row to row, "

@@ -81,21 +81,21 @@ class MemoryArguments:
             )
         return torch.tensor([found])
 
-    def check_told(self, weight, layers):
-        """Refuse layers that rest and are told where to read, `layers` by retrieval supervision of a `weight`.
+    def check_told(self, weight, layers, name="retrieval"):
+        """Refuse layers that rest and are told where to read: `layers` by the supervision of a `name` and a `weight`.
 
         Raises:
             ValueError: names them; or when the memory is closed.
         """
         if weight and self.closed_memory:
             raise ValueError(
-                f"retrieval_weight={weight} with closed_memory=True: nothing is read that the loss could be told of; "
-                "give retrieval_weight=0"
+                f"{name}_weight={weight} with closed_memory=True: nothing is read that the loss could be told of; "
+                f"give {name}_weight=0"
             )
         early = range(self.resting_layers) if layers is None else [i for i in layers if i < self.resting_layers]
         if weight and early:
             raise ValueError(
-                f"retrieval_layers={layers} with resting_layers={self.resting_layers}: {list(early)} would be told "
+                f"{name}_layers={layers} with resting_layers={self.resting_layers}: {list(early)} would be told "
                 "where to read and never learn it; rest fewer layers, or tell those above"
             )
 
