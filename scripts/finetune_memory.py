@@ -5,8 +5,8 @@
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`. With
-`--closed_memory true --retrieval_weight 0 --recurrence_weight 0` it makes the local-only control of any config: its rows,
-the gates at zero.
+`--closed_memory true --retrieval_weight 0 --recurrence_weight 0` it makes the local-only control of any config: its
+rows, the gates at zero.
 """
 
 from dataclasses import dataclass, field
