@@ -11,7 +11,6 @@ know; reading needs nothing. Its idea is that of the supporting facts of memory 
 1410.3916). Of a fact that says its answer twice, the first mention is the source.
 """
 
-import logging
 from contextlib import contextmanager
 
 import torch
@@ -20,9 +19,7 @@ from . import memory as memory_math
 from . import retrieval_losses as losses
 from .cache import infini_config_of
 from .projections import watched
-from .told_layers import ToldLayers
-
-logger = logging.getLogger(__name__)
+from .told_layers import ToldLayers, ToldReading
 
 
 class RetrievalSupervision(ToldLayers):
@@ -43,10 +40,15 @@ class RetrievalSupervision(ToldLayers):
             or `"projections"`, to the memory's own projections of the layers that are told, and no further.
     """
 
+    NAME = "retrieval"
+    REMEDY = (
+        "has its source in the memory: give the rows a column `sources`, and put the sources segments before the "
+        "answers"
+    )
+
     def __init__(self, weight, layers=None, negatives=0.0, loss="share", contrast=0.0, reach="model"):
         super().__init__(weight, layers, reach)
         self.negatives, self.loss, self.contrast = negatives, loss, contrast
-        self.warned = False
 
     @classmethod
     def from_args(cls, args):
@@ -73,26 +75,15 @@ class RetrievalSupervision(ToldLayers):
         """
         config = infini_config_of(model.config)
         if sources is None or not self.weight:
-            yield Reading(config, watch=watch)
+            yield Reading(watch=watch)
             return
         layers = self.layers_of(model)
         told = told_tokens(sources, attention_mask, seen, config.segment_length)
-        reading = Reading(config, (ids, *told), len(layers), write_scale, self, watch)
+        reading = Reading(config, len(layers), self.reach, watch)
+        reading.tell(ids, *told, write_scale, self)
         with watched(layers, reading.note):
             yield reading
         self.shares += reading.shares.cpu()
-
-    def metrics(self):
-        """What is logged: the mean share of the sources since this was last asked."""
-        found = super().metrics()
-        if self.weight and not found and not self.warned:
-            logger.warning(
-                "retrieval_weight=%g, and no token of the steps before this log has its source in the memory: give "
-                "the rows a column `sources`, and put the sources segments before the answers",
-                self.weight,
-            )
-        self.warned = True
-        return found
 
 
 class BoundedKeys(torch.autograd.Function):
@@ -152,49 +143,28 @@ def told_tokens(sources, attention_mask, seen, length):
     return rows[kept], asked[kept], stated[kept], segment, valid
 
 
-class Reading:
-    """One micro-batch: keeps the keys of its segments, and adds up the loss as the queries come.
+class Reading(ToldReading):
+    """One micro-batch: keeps the keys of its segments, and adds up the loss as the queries come."""
 
-    Attributes:
-        loss (`torch.Tensor` or `float`): the sum of what the told tokens cost, the mean over the layers.
-        shares (`torch.Tensor`): `(2,)`, the sum of the shares and the number of the told tokens.
-    """
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.keys, self.times = {}, None
 
-    def __init__(self, config, told=None, layers=0, write_scale=None, settings=None, watch=None):
-        self.config, self.layers, self.settings, self.watch = config, layers, settings, watch
-        # No segment has begun: ranks may read filling first.
-        self.keys, self.norms, self.index = {}, {}, None
-        self.loss, self.shares, self.times = 0.0, torch.zeros(2), None
-        if told is None:
-            return
-        ids, self.rows, self.asked, self.stated, self.segment, self.valid = told
-        self.shares = self.shares.to(self.rows.device)
+    def tell(self, ids, rows, asked, stated, segment, valid, write_scale, settings):
+        """Say which tokens are told of, as from [`told_tokens`], of the ids `(batch, seq_len)` that are read."""
+        self.rows, self.asked, self.stated, self.segment, self.valid = rows, asked, stated, segment, valid
+        self.settings, self.shares = settings, self.shares.to(rows.device)
         # Every place once, however many tokens repeat it.
-        self.places, self.target = torch.stack([self.rows, self.stated]).unique(dim=1, return_inverse=True)
+        self.places, self.target = torch.stack([rows, stated]).unique(dim=1, return_inverse=True)
         self.tokens = ids[tuple(self.places)]
         if write_scale is not None:
-            write_scale = write_scale.to(self.rows.device)
-            self.times = write_scale.gather(1, self.segment.clamp_max(write_scale.shape[1] - 1))
+            write_scale = write_scale.to(rows.device)
+            self.times = write_scale.gather(1, segment.clamp_max(write_scale.shape[1] - 1))
             self.unscaled = (write_scale == 1).all(1)
 
-    def begin(self, index, cache):
-        """Called before segment `index` with the cache that enters it."""
-        if self.watch is not None:
-            self.watch(index, cache)
-        self.index = index
-        for layer_index, layer in cache.infini_layers.items():
-            self.norms[layer_index] = layer.memory_norm
-            if index and not layer.memory_norm.requires_grad:
-                # Where the state is cut, the gradient does not go around it.
-                self.keys[layer_index] = [keys.detach() for keys in self.keys.get(layer_index, [])]
-
-    def note(self, layer, queries, keys):
-        """Called by each layer with what it has projected of the segment."""
-        if self.index is not None:
-            if self.settings.reach == "projections":
-                queries, keys = queries.detach(), keys.detach()
-            with memory_math.no_autocast(queries):
-                self.note_segment(layer, queries, keys)
+    def cut(self):
+        """Keep the keys as they are, cut from the graph that computed them."""
+        self.keys = {index: [keys.detach() for keys in held] for index, held in self.keys.items()}
 
     def note_segment(self, layer, queries, keys):
         """Keep the keys, and add what the told tokens of this segment cost."""
@@ -235,8 +205,7 @@ class Reading:
             if self.settings.contrast:
                 contrast = losses.contrast_loss(raw.squeeze(2), raw_keys[place_rows, :, columns], within, target)
                 loss = loss + self.settings.contrast * contrast
-        self.loss = self.loss + loss.to(self.rows.device) / self.layers
-        self.shares += torch.stack([told, told.new_tensor(len(here))]).to(self.rows.device) / self.layers
+        self.add(loss, told, len(here))
 
     def candidates(self, here, read, device):
         """The places that the told tokens `here` could be read from.

@@ -2,12 +2,12 @@
 
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
-from .recurrence_supervision import RecurrenceSupervision
+from .recall_supervision import RecallSupervision
 from .retrieval_supervision import RetrievalSupervision
+from .told_layers import ToldReading
 
 
 @dataclass(frozen=True)
@@ -16,21 +16,21 @@ class MemorySupervision:
 
     Args:
         retrieval ([`RetrievalSupervision`]): of rows whose answers have known sources.
-        recurrence ([`RecurrenceSupervision`]): of all other rows.
+        recall ([`RecallSupervision`]): of the other rows.
     """
 
     retrieval: RetrievalSupervision
-    recurrence: RecurrenceSupervision
+    recall: RecallSupervision
 
     @classmethod
     def from_args(cls, args):
         """As [`InfiniTrainingArguments`] say."""
-        return cls(RetrievalSupervision.from_args(args), RecurrenceSupervision.from_args(args))
+        return cls(RetrievalSupervision.from_args(args), RecallSupervision.from_args(args))
 
     @property
     def parts(self):
         """`tuple`: both."""
-        return self.retrieval, self.recurrence
+        return self.retrieval, self.recall
 
     def check(self, model):
         """Refuse layers that nothing can be told; see [`ToldLayers.layers_of`]."""
@@ -39,11 +39,11 @@ class MemorySupervision:
                 part.layers_of(model)
 
     @contextmanager
-    def reading(self, model, ids, sources, attention_mask, seen, write_scale=None, watch=None):
-        """Watch a micro-batch being read; arguments as [`RetrievalSupervision.reading`].
+    def reading(self, model, ids, labels, sources, attention_mask, seen, write_scale=None, watch=None):
+        """Watch a micro-batch being read; arguments as [`RetrievalSupervision.reading`], and the `labels`.
 
-        Rows with sources, and rows whose writes are scaled, are told nothing of recurrences: of the former it is
-        known better where to read, of the latter the memory stands for a longer text than was read.
+        Rows that have sources are left out of what comes again, and so are rows whose writes are scaled: of the former
+        it is known better where to read, of the latter the memory stands for a longer text than was read.
 
         Yields:
             [`MemoryReading`]
@@ -55,13 +55,13 @@ class MemorySupervision:
             left_out |= (write_scale != 1).any(1).to(ids.device)
         with (
             self.retrieval.reading(model, ids, sources, attention_mask, seen, write_scale, watch) as sourced,
-            self.recurrence.reading(model, ids, attention_mask, seen, left_out, sourced.begin) as recurring,
+            self.recall.reading(model, ids, labels, attention_mask, seen, left_out, sourced.begin) as recurring,
         ):
             yield MemoryReading(self, sourced, recurring)
 
     @property
     def shares(self):
-        """`torch.Tensor`: `(4,)`, the sums of the shares and the numbers of the told tokens since `note`."""
+        """`torch.Tensor`: `(4,)` float32, of each part the sum of the shares and their number since `note`."""
         return torch.cat([part.shares for part in self.parts])
 
     def note(self, shares):
@@ -79,8 +79,8 @@ class MemoryReading:
     """One micro-batch: its `begin` is to be told of each segment."""
 
     supervision: MemorySupervision
-    sourced: Any
-    recurring: Any
+    sourced: ToldReading
+    recurring: ToldReading
 
     @property
     def begin(self):

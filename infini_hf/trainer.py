@@ -199,7 +199,7 @@ class InfiniTrainer(ResumableTrainer):
         # The gradient of a state that ranks exchange is on the one that sent it.
         watch = self.gates.watch if self._logs_this_step() and self.shared_rows is None else None
         mask = others.get("attention_mask")
-        with self.supervision.reading(inner, input_ids, sources, mask, cache.seen, scale, watch) as told:
+        with self.supervision.reading(inner, input_ids, labels, sources, mask, cache.seen, scale, watch) as told:
             observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
             loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
         loss = loss + told.loss / num_items

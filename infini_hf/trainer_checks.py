@@ -4,7 +4,7 @@ from accelerate.utils import DynamoBackend
 from transformers.trainer_utils import has_length
 
 from .cache import infini_config_of
-from .training_args import SUPERVISION_WEIGHTS
+from .training_args import SUPERVISION_WEIGHTS, check_recomputation
 
 
 def refuse_what_cannot_work(trainer):
@@ -90,6 +90,8 @@ def refuse_options(trainer):
             "under the linear rule alone; patch with memory_update='linear', or leave memory_dilution at 1"
         )
     for name in SUPERVISION_WEIGHTS:
+        # A search over hyperparameters sets options on arguments that were made without them.
+        check_recomputation(args, name)
         if getattr(args, name) and rule != "linear":
             raise ValueError(
                 f"{name}={getattr(args, name)} with memory_update={rule!r}: what a memory returns is a mean of the "

@@ -10,7 +10,20 @@ from .dilution import RAMPS
 from .retrieval_losses import LOSSES, REACHES
 
 # What the memory is told in training, by the names of the options that say how much it counts.
-SUPERVISION_WEIGHTS = ("retrieval_weight", "recurrence_weight")
+SUPERVISION_WEIGHTS = ("retrieval_weight", "recall_weight")
+
+
+def check_recomputation(args, name):
+    """Refuse the weight of a `name` beside `recompute_segments`.
+
+    Raises:
+        ValueError: when both are set.
+    """
+    if getattr(args, name) and args.recompute_segments:
+        raise ValueError(
+            f"{name}={getattr(args, name)} with recompute_segments=True: the loss needs the keys of the segments "
+            "before, which would be computed again; set recompute_segments=False"
+        )
 
 
 @dataclass
@@ -67,11 +80,11 @@ class InfiniTrainingArguments(TrainingArguments):
         retrieval_contrast (`float`, *optional*, defaults to `0.0`):
             What it counts, beside that loss, that softmax attention with the memory's queries and keys would find the
             source: it reaches the layers below, where keys at the bound of `"exp"` pass no gradient on.
-        recurrence_weight (`float`, *optional*, defaults to `0.0`):
-            Recurrence supervision ([`infini_hf.recurrence_supervision`]): what it counts, beside the loss of one
+        recall_weight (`float`, *optional*, defaults to `0.0`):
+            Recall supervision ([`infini_hf.recall_supervision`]): what it counts, beside the loss of one
             token, that the memory returns the token that comes next, where the row held it segments before. It needs
             no column; rows with `sources` are left out.
-        recurrence_layers (`list[int]`, *optional*):
+        recall_layers (`list[int]`, *optional*):
             Indices of the layers that are told; all by default.
         retrieval_reach (`str`, *optional*, defaults to `"model"`):
             How far the gradient of all these losses goes: `"model"`, to every weight below, or `"projections"`, to the
@@ -149,12 +162,12 @@ class InfiniTrainingArguments(TrainingArguments):
             "help": "What it counts that softmax attention with the memory's queries and keys finds the source."
         },
     )
-    recurrence_weight: float = field(
+    recall_weight: float = field(
         default=0.0,
         metadata={"help": "What it counts that the memory returns what comes next, where it came before."},
     )
-    recurrence_layers: list[int] | None = field(
-        default=None, metadata={"help": "Indices of the layers that recurrence_weight is for; all by default."}
+    recall_layers: list[int] | None = field(
+        default=None, metadata={"help": "Indices of the layers that recall_weight is for; all by default."}
     )
     retrieval_reach: str = field(
         default="model",
@@ -201,11 +214,7 @@ class InfiniTrainingArguments(TrainingArguments):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 0, which is off")
         for name in SUPERVISION_WEIGHTS:
-            if getattr(self, name) and self.recompute_segments:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} with recompute_segments=True: the loss needs the keys of the "
-                    "segments before, which would be computed again; set recompute_segments=False"
-                )
+            check_recomputation(self, name)
         if self.carry_memory and self.train_sampling_strategy not in ("random", "sequential"):
             raise ValueError(
                 f"train_sampling_strategy={self.train_sampling_strategy!r} with carry_memory=True: rows are read in "

@@ -5,7 +5,7 @@
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`. With
-`--closed_memory true --retrieval_weight 0 --recurrence_weight 0` it makes the local-only control of any config: its
+`--closed_memory true --retrieval_weight 0 --recall_weight 0` it makes the local-only control of any config: its
 rows, the gates at zero.
 """
 
@@ -67,7 +67,7 @@ def main(argv=None):
     )
     count = rows_to_draw(args)
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
-    memory_args.check_told(args.recurrence_weight, args.recurrence_layers, "recurrence")
+    memory_args.check_told(args.recall_weight, args.recall_layers, "recall")
     row_args.check_batches(args)
     model_args.check()
     texts = read_texts(row_args.train_folder)

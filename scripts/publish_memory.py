@@ -126,7 +126,7 @@ def of_training(stage, style):
         what.append("projections of the memory's own")
     for name, told in (
         ("retrieval", "where answers were stated"),
-        ("recurrence", "where what comes next came before"),
+        ("recall", "where what comes next came before"),
     ):
         if stage.get(f"{name}_weight"):
             layers = ", ".join(map(str, stage.get(f"{name}_layers") or ["all"]))

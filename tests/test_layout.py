@@ -21,7 +21,7 @@ ROWS = (
     "attention snapshot checkpoints sequence_parallel projections",
     "told_layers families lanes",
     "retrieval_supervision",
-    "recurrence_supervision",
+    "recall_supervision",
     "rope static_layer layer_fit supervision",
     "static_cache",
     "static_attention",

@@ -124,9 +124,9 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, *told, "--retrieval_layers", "1", "3"])
     with pytest.raises(ValueError, match=r"retrieval_layers=None with resting_layers=2: \[0, 1\] would be told"):
         script("finetune_memory").main(["--config", str(STAGE), *options, *told])
-    again = ["--resting_layers", "2", "--recurrence_weight", "1", "--recompute_segments", "false"]
-    with pytest.raises(ValueError, match=r"recurrence_layers=\[1\] with resting_layers=2: \[1\] would be told"):
-        script("finetune_memory").main(["--config", str(STAGE), *options, *again, "--recurrence_layers", "1"])
+    again = ["--resting_layers", "2", "--recall_weight", "1", "--recompute_segments", "false"]
+    with pytest.raises(ValueError, match=r"recall_layers=\[1\] with resting_layers=2: \[1\] would be told"):
+        script("finetune_memory").main(["--config", str(STAGE), *options, *again, "--recall_layers", "1"])
     # Nothing is told.
     MemoryArguments(resting_layers=2).check_told(0.0, [1])
     MemoryArguments(resting_layers=2).check_told(1.0, [2, 3])
@@ -179,8 +179,8 @@ def test_the_control_with_a_closed_memory_trains_all_but_its_memory(novels, cali
         script("finetune_memory").main([*options, *again])
     with pytest.raises(ValueError, match=r"retrieval_weight=1.0 with closed_memory=True: nothing is read"):
         MemoryArguments(closed_memory=True).check_told(1.0, None)
-    with pytest.raises(ValueError, match=r"closed_memory=True: nothing is read .* give recurrence_weight=0"):
-        MemoryArguments(closed_memory=True).check_told(1.0, None, "recurrence")
+    with pytest.raises(ValueError, match=r"closed_memory=True: nothing is read .* give recall_weight=0"):
+        MemoryArguments(closed_memory=True).check_told(1.0, None, "recall")
     patch_model(stock, InfiniConfig(segment_length=128, gate="sigmoid"))
     with pytest.raises(ValueError, match="gate='sigmoid': at zero it is half open"):
         MemoryArguments(closed_memory=True).close(stock)

@@ -146,7 +146,7 @@ def test_keys_at_the_bound_are_led_back_but_not_further_up():
         torch.testing.assert_close(gradient, direction * mapped.detach() * torch.tensor(passed))
 
 
-@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("padding", [None, "left", "all left", "right"])
 @pytest.mark.parametrize(
     ("kind", "layers", "negatives"), [("elu", None, 0.0), ("exp", [1], 0.5), ("softmax", [1], 0.5)]
 )
@@ -155,11 +155,14 @@ def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, la
     ids, sources, mask = random_ids(3, 4 * L + 3), some_sources(3, 4 * L + 3), None
     if padding is not None:
         mask = torch.ones_like(ids)
-        padded = slice(None, 5) if padding == "left" else slice(-5, None)
-        mask[1, padded] = 0
+        # With all rows padded by a little, none has closed a segment when the second begins.
+        first, count = (slice(None), 3) if padding == "all left" else (1, 5)
+        padded = slice(-count, None) if padding == "right" else slice(None, count)
+        mask[first, padded] = 0
         # Nobody is told of padding.
-        sources[1, padded] = -1
-        sources[1][sources[1] < 5 if padding == "left" else sources[1] >= ids.shape[1] - 5] = -1
+        sources[first, padded] = -1
+        nowhere = sources >= ids.shape[1] - count if padding == "right" else sources < count
+        sources[first] = torch.where(nowhere, -1, sources)[first]
     told = supervised(model, ids, sources, mask, layers, negatives)
     expected, share, count = oracle(model, ids, sources, mask, layers, negatives)
     torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
