@@ -5,6 +5,8 @@ such a channel outweighs all others, and the memory returns the mean of everythi
 soon mends. Subtracting the mean of each channel, once, before training, leaves what differs from token to token.
 """
 
+import torch
+
 from .attention import InfiniAttention
 from .cache import InfiniCache, infini_config_of
 from .projections import watched
@@ -111,3 +113,54 @@ def add_memory_projections(model, layers=None, mix_heads=False):
             continue
         gate.add_projections(gate.bias.numel() // layer.num_key_value_groups, layer.head_dim, mix_heads)
     return model
+
+
+@torch.no_grad()
+def renew_memory_projections(model, layers, ids, spread=1.0):
+    """Begin the memory's projections of some layers anew, in place: a random map of standardised queries and keys.
+
+    Projections that were trained to tell a few facts apart send a token to one channel or none, and pass next to no
+    gradient for anything else. What the layers' memory held is lost to what reads it: train on.
+
+    Args:
+        model (`PreTrainedModel`): a patched model with projections.
+        layers (`list[int]`): indices of the layers.
+        ids (`torch.Tensor`): `(1, seq_len)` int64: a text that means and deviations are taken from.
+        spread (`float`, *optional*, defaults to `1.0`): the standard deviation of what comes out of the map.
+
+    Raises:
+        ValueError: when the model is not patched, or a layer has no projections.
+    """
+    inner = require_patched(model)
+    patched = [layer for layer in inner.modules() if isinstance(layer, InfiniAttention)]
+    having = {layer.layer_idx: layer for layer in patched if layer.memory_gate.query_projection is not None}
+    if absent := sorted(set(layers) - set(having)):
+        raise ValueError(
+            f"layers={layers}: the memory of {absent} has no projections; call add_memory_projections first, or name "
+            f"others of {sorted(having)}"
+        )
+    chosen = [having[index] for index in sorted(set(layers))]
+    states = {layer.layer_idx: ([], []) for layer in chosen}
+
+    def note(layer, *projected):
+        for parts, part in zip(states[layer.layer_idx], projected, strict=True):
+            parts.append(part[0].double().cpu())
+
+    with watched(chosen, note):
+        prefill(inner, ids, cache=InfiniCache(inner.config), progress=False)
+    for layer in chosen:
+        gate = layer.memory_gate
+        for parts, projection in zip(
+            states[layer.layer_idx], (gate.query_projection, gate.key_projection), strict=True
+        ):
+            projection.weight.copy_(random_map(torch.cat(parts, dim=1), projection.weight.shape, spread))
+
+
+def random_map(states, shape, spread):
+    """A weight of a [`HeadProjection`] of that shape: states `(heads, n, head_dim)`, standardised, at random."""
+    if shape[1] - 1 != states.shape[-1]:
+        # Every head gets the states of all.
+        states = states.transpose(0, 1).flatten(1)[None].expand(shape[0], -1, -1)
+    linear = torch.randn(shape[0], shape[1] - 1, shape[2], dtype=torch.float64) * spread / (shape[1] - 1) ** 0.5
+    linear /= states.std(1).clamp_min(1e-6).unsqueeze(-1)
+    return torch.cat([linear, -states.mean(1, keepdim=True) @ linear], dim=1)

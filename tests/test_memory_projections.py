@@ -12,9 +12,11 @@ from training import make_trainer, tiny_model
 import infini_hf
 from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, patch_model, prefill, unpatch_model
 from infini_hf.attention import InfiniAttention
-from infini_hf.calibration import add_memory_projections, calibrate_memory
+from infini_hf.calibration import add_memory_projections, calibrate_memory, renew_memory_projections
+from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.gate import HeadProjection, of_all_heads
 from infini_hf.lora import load_adapter, lora_config
+from infini_hf.projections import watched
 
 OPTIONS = {"segment_length": 8, "feature_map": "exp", "overlap": 2}
 
@@ -267,3 +269,41 @@ def test_the_trainer_gives_them_a_learning_rate_of_their_own(tmp_path):
 def test_a_plain_model_has_no_memory_to_project():
     with pytest.raises(ValueError, match="not patched"):
         add_memory_projections(build("llama"))
+
+
+@pytest.mark.parametrize("mix_heads", [False, True])
+def test_projections_begin_anew_as_random_maps_of_standardised_states(mix_heads):
+    model = build_patched("llama", segment_length=8, overlap=3, feature_map="softmax").eval()
+    add_memory_projections(model, mix_heads=mix_heads)
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    ids, found = random_ids(1, 400), {}
+    torch.manual_seed(1)
+    renew_memory_projections(model, [1], ids, spread=1.5)
+    changed = {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
+    names = [f"model.layers.1.self_attn.memory_gate.{name}_projection.weight" for name in ("query", "key")]
+    assert changed == set(names)
+
+    def note(layer, queries, keys):
+        gate = layer.memory_gate
+        found.setdefault("query", []).append(gate.center_queries(queries)[0])
+        found.setdefault("key", []).append(gate.center_keys(keys)[0])
+
+    with watched([model.model.layers[1].self_attn], note):
+        prefill(model, ids)
+    for parts in found.values():
+        mapped = torch.cat(parts, dim=1)
+        torch.testing.assert_close(mapped.mean(1), torch.zeros_like(mapped[:, 0]), atol=1e-4, rtol=0)
+        # Of random directions among correlated channels: about, not exactly.
+        assert mapped.std(1).square().mean().sqrt().item() == pytest.approx(1.5, rel=0.4)
+    torch.manual_seed(2)
+    again = model.state_dict()[names[0]].clone()
+    renew_memory_projections(model, [1], ids, spread=1.5)
+    assert not torch.allclose(model.state_dict()[names[0]], again)
+
+
+def test_layers_without_projections_cannot_begin_anew():
+    model = add_memory_projections(build_patched("llama", segment_length=8), layers=[1])
+    with pytest.raises(ValueError, match=r"layers=\[0, 1\]: the memory of \[0\] has no projections; .* of \[1\]"):
+        renew_memory_projections(model, [0, 1], random_ids(1, 20))
+    with pytest.raises(ValueError, match=r"renewed_layers=\[1\] with calibration_tokens=0"):
+        MemoryArguments(calibration_tokens=0, renewed_layers=[1])

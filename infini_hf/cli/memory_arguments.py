@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import torch
 
 from ..cache import infini_config_of
-from ..calibration import add_memory_projections, calibrate_memory
+from ..calibration import add_memory_projections, calibrate_memory, renew_memory_projections
 from ..gate import HeadProjection, MemoryGate
 
 
@@ -28,6 +28,10 @@ class MemoryArguments:
     projected_layers: list[int] | None = field(
         default=None, metadata={"help": "layers that get memory_projections; by default all"}
     )
+    renewed_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "layers whose projections begin anew, at random; needs calibration_tokens"},
+    )
     resting_layers: int = field(
         default=0,
         metadata={
@@ -47,6 +51,11 @@ class MemoryArguments:
                 f"mix_heads={self.mix_heads}, projected_layers={self.projected_layers}: say which memory_projections "
                 "are added; give memory_projections too"
             )
+        if self.renewed_layers and not self.calibration_tokens:
+            raise ValueError(
+                f"renewed_layers={self.renewed_layers} with calibration_tokens=0: the scale of what is mapped is "
+                "taken from these; give some, 16384 for instance"
+            )
         if early := [index for index in self.projected_layers or () if index < self.resting_layers]:
             raise ValueError(
                 f"projected_layers={self.projected_layers} with resting_layers={self.resting_layers}: the projections "
@@ -60,6 +69,8 @@ class MemoryArguments:
         if self.memory_projections:
             self.check_mixed(model)
             add_memory_projections(model, self.projected_layers, self.mix_heads)
+        if self.renewed_layers:
+            renew_memory_projections(model, self.renewed_layers, self.pieces(tokenizer, texts))
 
     def pieces(self, tokenizer, texts):
         """Some tokens of every text, `(1, tokens)` int64, `calibration_tokens` together at most.
