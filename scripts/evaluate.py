@@ -9,6 +9,7 @@ memory), full (the stock model in a sliding window), full_past (the stock model 
 behind colons, as in overlap:segment=512:overlap=128:sinks=4 or full:window=640:stride=128.
 """
 
+import contextlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,7 +24,7 @@ from infini_hf.cli.names import find_device, find_file
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.documents import check_count, load_documents
 from infini_hf.data.local_parts import held_out_split
-from infini_hf.evaluation.comparison import compare, comparison_lines
+from infini_hf.evaluation.comparison import beside_control, compare, comparison_lines, number
 from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.outputs import beside, check_output
 from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
@@ -62,6 +63,10 @@ class EvaluationArguments:
     beyond: int | None = field(
         default=None, metadata={"help": "first position of the comparison; default: the longest segment of the ways"}
     )
+    control: str | None = field(
+        default=None,
+        metadata={"help": "JSON of an evaluation of another model: ratios to its closed memory on the same texts"},
+    )
     figure: bool = field(default=False, metadata={"help": "draw the curves as PNG beside the output"})
     figure_ways: list[str] = field(default_factory=list, metadata={"help": "ways in the figure; all by default"})
     predictions: list[str] = field(default_factory=list, metadata={"help": "JSONL files of summarize.py"})
@@ -88,12 +93,41 @@ class EvaluationArguments:
             new_figure((1, 1))
         return list(ways.values())
 
+    def parsed_control(self):
+        """The numbers of the other evaluation, if one is named."""
+        if self.control is None:
+            return None
+        numbers, file = None, find_file(self.control, "control")
+        with contextlib.suppress(ValueError):
+            numbers = json.loads(file.read_text(encoding="utf-8"))
+        documents = numbers.get("documents") if isinstance(numbers, dict) else None
+        if "closed" not in (documents or ()):
+            raise ValueError(f"control {self.control}: is no JSON of an evaluation with the way closed; name one")
+        return numbers
+
+
+def lines_beside(control, numbers):
+    """The ratios to another model, as lines; `numbers` gets them too.
+
+    Raises:
+        ValueError: when that model was measured on other tokens.
+    """
+    for name in ("max_tokens", "beyond"):
+        if control[name] != numbers[name]:
+            raise ValueError(f"control: was measured with {name}={control[name]}, and this with {numbers[name]}")
+    # What ends early is measured on other tokens.
+    documents = {way: losses for way, losses in numbers["documents"].items() if not way.startswith("full_past")}
+    found = beside_control(documents, control["documents"]["closed"])
+    numbers["control"] = {"model": control["model"], "ratios": {way: list(ratio) for way, ratio in found.items()}}
+    lines = [f"Beside {control['model']}, closed, the mean over the texts:", "", "| read with | ratio |", "|---|---|"]
+    return [*lines, *(f"| {way} | {number(*ratio, '.4f')} |" for way, ratio in found.items())]
+
 
 def perplexity(model_args, args):
     """The tables of perplexity by position and beyond the first segment, and their numbers."""
     if args.source is None:
         raise ValueError("source: name the texts to measure on")
-    ways = args.parsed_ways()
+    ways, control = args.parsed_ways(), args.parsed_control()
     # A source that holds nothing out is refused before a model is loaded for it.
     args.split = args.split or held_out_split(args.source)
     device = find_device(args.device)
@@ -133,7 +167,10 @@ def perplexity(model_args, args):
     numbers |= {"edges": edges, "losses": table.rows, "tokens": counts, "beyond": beyond}
     numbers["comparison"] = [row.to_dict() for row in rows]
     numbers["documents"] = {name: [text_mean(part[beyond:]) for part in parts] for name, parts in losses.items()}
-    return [*table.markdown(), "", *comparison_lines(rows, beyond, roles[0])], numbers
+    lines = [*table.markdown(), "", *comparison_lines(rows, beyond, roles[0])]
+    if control is not None:
+        lines += ["", *lines_beside(control, numbers)]
+    return lines, numbers
 
 
 def texts_of(tokenizer, args):

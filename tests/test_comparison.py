@@ -6,7 +6,7 @@ import statistics
 import pytest
 import torch
 
-from infini_hf.evaluation.comparison import compare, comparison_lines
+from infini_hf.evaluation.comparison import beside_control, compare, comparison_lines
 from infini_hf.evaluation.perplexity import curve_of
 
 
@@ -107,3 +107,20 @@ def test_a_curve_is_the_perplexity_of_its_steps():
 def test_steps_below_a_token_are_left_out():
     points = curve_of([torch.arange(4.0)], first=1, per_doubling=2)
     assert [value for _, value in points] == pytest.approx([math.exp(mean) for mean in (0.0, 1.0, 2.0, 3.0)])
+
+
+def test_two_models_are_held_against_each_other_text_by_text():
+    documents = {"memory": [3.0, 3.2, None, 3.4], "closed": [3.1, 3.1, None, 3.6]}
+    found = beside_control(documents, [3.1, 3.3, None, 3.6])
+    differences = [-0.1, -0.1, -0.2]
+    mean = sum(differences) / 3
+    error = math.sqrt(sum((value - mean) ** 2 for value in differences) / 2 / 3)
+    ratio, interval = found["memory"]
+    assert ratio == pytest.approx(math.exp(mean))
+    # Student's quantile for two degrees of freedom.
+    assert interval == pytest.approx((math.exp(mean - 4.3027 * error), math.exp(mean + 4.3027 * error)), rel=1e-4)
+    assert found["closed"][0] == pytest.approx(math.exp(-0.2 / 3))
+    assert beside_control({"memory": [3.0]}, [3.1])["memory"] == (pytest.approx(math.exp(-0.1)), None)
+    for control in ([3.1, 3.3], [3.1, None, 3.0, 3.6]):
+        with pytest.raises(ValueError, match="measure both on the same texts"):
+            beside_control(documents, control)

@@ -162,6 +162,40 @@ def verdict(memory, closed, other=None):
     return f"{said}; of the gap from closed to full attention, the memory closes {share} %"
 
 
+def beside_control(documents, control):
+    """How the ways of one model stand to the closed memory of another on the same texts: the mean over the texts.
+
+    Args:
+        documents (`dict[str, list[float | None]]`): for each way the mean loss of each text beyond the first segment,
+            in nats, `None` of a text that ends before.
+        control (`list[float | None]`): those of the other model, in the same order.
+
+    Returns:
+        `dict[str, tuple]`: for each way the ratio of perplexities (`float`), below 1 where the way is better, and its
+        interval of 95 %, paired over the texts (`tuple[float, float]`, `None` for fewer than two).
+
+    Raises:
+        ValueError: when the texts are not the same in number and length.
+    """
+    found = {}
+    for way, losses in documents.items():
+        if [loss is None for loss in losses] != [loss is None for loss in control]:
+            raise ValueError(
+                f"control: has {len(control)} texts, {control.count(None)} of them no longer than the first segment, "
+                f"and {way} {len(losses)} and {losses.count(None)}: measure both on the same texts"
+            )
+        pairs = [(loss, other) for loss, other in zip(losses, control, strict=True) if loss is not None]
+        if pairs:
+            interval = jackknife_interval(mean_difference, pairs)
+            found[way] = math.exp(mean_difference(pairs)), interval and tuple(map(math.exp, interval))
+    return found
+
+
+def mean_difference(pairs):
+    """The mean of the first of each pair less the second."""
+    return sum(first - second for first, second in pairs) / len(pairs)
+
+
 def number(value, interval, form):
     if value is None:
         return "–"
