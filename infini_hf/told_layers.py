@@ -76,7 +76,7 @@ class ToldReading:
 
     Args:
         config ([`InfiniConfig`], *optional*): that of the patched model.
-        layers (`int`, *optional*, defaults to 0): how many layers are told.
+        layers (`int`, *optional*, defaults to 0): how many layers are told; of none, it hands on what it is told.
         reach (`str`, *optional*, defaults to `"model"`): as in [`ToldLayers`].
         watch (`Callable`, *optional*): told of each segment as well.
 
@@ -97,7 +97,7 @@ class ToldReading:
             self.watch(index, cache)
         self.index = index
         self.norms = {layer_index: layer.memory_norm for layer_index, layer in cache.infini_layers.items()}
-        if index and is_cut(cache):
+        if self.layers and index and is_cut(cache):
             # The gradient does not go around it.
             self.cut()
 
