@@ -119,8 +119,8 @@ def add_memory_projections(model, layers=None, mix_heads=False):
 def renew_memory_projections(model, layers, ids, spread=1.0):
     """Begin the memory's projections of some layers anew, in place: a random map of standardised queries and keys.
 
-    Projections that were trained to tell a few facts apart send a token to one channel or none, and pass next to no
-    gradient for anything else. What the layers' memory held is lost to what reads it: train on.
+    For projections that were trained to tell a few facts apart, and learn little else from there (docs/results.md).
+    What the layers' memory held is lost to what reads it: train on.
 
     Args:
         model (`PreTrainedModel`): a patched model with projections.
@@ -149,10 +149,8 @@ def renew_memory_projections(model, layers, ids, spread=1.0):
     with watched(chosen, note):
         prefill(inner, ids, cache=InfiniCache(inner.config), progress=False)
     for layer in chosen:
-        gate = layer.memory_gate
-        for parts, projection in zip(
-            states[layer.layer_idx], (gate.query_projection, gate.key_projection), strict=True
-        ):
+        projections = layer.memory_gate.query_projection, layer.memory_gate.key_projection
+        for parts, projection in zip(states[layer.layer_idx], projections, strict=True):
             projection.weight.copy_(random_map(torch.cat(parts, dim=1), projection.weight.shape, spread))
 
 

@@ -21,9 +21,9 @@ from . import memory as memory_math
 from .cache import infini_config_of
 from .projections import watched
 from .retrieval_supervision import map_told_keys, segments_closed
+from .segment_step import IGNORED
 from .told_layers import ToldLayers, ToldReading
 
-IGNORED = -100
 # About as frequent as a rare word: below it, a share is worth as little as what a model knows without a memory.
 SMALLEST_SHARE = 1e-4
 

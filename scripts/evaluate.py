@@ -106,15 +106,19 @@ class EvaluationArguments:
         return numbers
 
 
-def lines_beside(control, numbers):
-    """The ratios to another model, as lines; `numbers` gets them too.
+def check_control(control, **here):
+    """Refuse an evaluation of other tokens; `here` is what is measured now, by the names of its JSON.
 
     Raises:
-        ValueError: when that model was measured on other tokens.
+        ValueError: names what differs.
     """
-    for name in ("max_tokens", "beyond"):
-        if control[name] != numbers[name]:
-            raise ValueError(f"control: was measured with {name}={control[name]}, and this with {numbers[name]}")
+    for name, value in here.items():
+        if control[name] != value:
+            raise ValueError(f"control: was measured with {name}={control[name]}, and this would be with {value}")
+
+
+def lines_beside(control, numbers):
+    """The ratios to another model, as lines; `numbers` gets them too."""
     # What ends early is measured on other tokens.
     documents = {way: losses for way, losses in numbers["documents"].items() if not way.startswith("full_past")}
     found = beside_control(documents, control["documents"]["closed"])
@@ -137,6 +141,9 @@ def perplexity(model_args, args):
     # A window that is none is an error before the first text is read.
     segments = [way.window(patch).segment_length for way in ways if way.patched]
     reaches = [reach for way in ways if not way.patched and (reach := way.slide(model.config)[2])]
+    beyond = max([patch.segment_length, *segments]) if args.beyond is None else args.beyond
+    if control is not None:
+        check_control(control, max_tokens=args.max_tokens, beyond=beyond)
     texts = texts_of(tokenizer, args)
     for way in ways:
         if way.name == "other":
@@ -148,7 +155,6 @@ def perplexity(model_args, args):
     edges = sorted({*doubling_edges(longest, args.first_edge), *(min(reach, longest) for reach in reaches)})
     counts = mean_by_span([ids[0, 1:] for ids in texts], edges)[1]
     table = SpanTable(edges, {name: mean_by_span(parts, edges)[0] for name, parts in losses.items()}, counts)
-    beyond = max([patch.segment_length, *segments]) if args.beyond is None else args.beyond
     # The plain control where there is one, else the first with options of its own.
     roles = [
         next((way.text for way in sorted(ways, key=lambda way: way.text != role) if way.name == role), role)

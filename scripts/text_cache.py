@@ -7,19 +7,19 @@ window, and, as the control, of the next text. Prints and writes a markdown tabl
 four minutes on one CPU core.
 """
 
-import argparse
 import json
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer
 
-from infini_hf import AutoInfiniModelForCausalLM, InfiniConfig
-from infini_hf.assets import resolve
 from infini_hf.cache import infini_config_of
+from infini_hf.callbacks import gate_values
+from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.base_rows import read_texts
 from infini_hf.evaluation.comparison import compare, comparison_lines
 from infini_hf.evaluation.controls import closed_memory
@@ -27,50 +27,54 @@ from infini_hf.evaluation.outputs import beside, check_output
 from infini_hf.evaluation.text_cache import cache_shares, read_states, with_cache
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny-llama-infini", help="name or folder; a stock one is patched")
-    parser.add_argument("--source", required=True, help="folder of at least two plain-text books")
-    parser.add_argument("--max_tokens", type=int, default=16384, help="tokens of each text, from its beginning")
-    parser.add_argument("--segment_length", type=int, default=128, help="of a stock model that is patched")
-    parser.add_argument("--overlap", type=int, default=32, help="of a stock model that is patched")
-    parser.add_argument("--sharpness", type=float, default=20.0, help="θ, by which cosines are multiplied")
-    parser.add_argument("--part", type=float, default=0.15, help="λ, the part of the cache, between 0 and 1")
-    parser.add_argument("--output", help="markdown file of the table")
-    args = parser.parse_args(argv)
-    if not 0 < args.part < 1:
-        raise ValueError(f"part={args.part}: must be between 0 and 1")
-    if not args.sharpness > 0:
-        raise ValueError(f"sharpness={args.sharpness}: must be above 0")
-    if args.output:
-        check_output(args.output, (".json",))
-    return args
+@dataclass
+class CachedModel(ModelArguments):
+    """The model and its patch."""
+
+    model: str = field(default="tiny-llama-infini", metadata={"help": "hub name, folder, or shipped checkpoint"})
+    dtype: str = field(default="float32", metadata={"help": "weights' dtype: auto, float32, bfloat16, float16"})
 
 
-def load(args):
+@dataclass
+class CacheArguments:
+    """The texts, and the cache."""
+
+    source: str = field(default="novels/validation", metadata={"help": "folder of at least two plain-text books"})
+    max_tokens: int = field(default=16_384, metadata={"help": "tokens of each text, from its beginning"})
+    sharpness: float = field(default=20.0, metadata={"help": "θ, by which cosines are multiplied"})
+    part: float = field(default=0.15, metadata={"help": "λ, the part of the cache, between 0 and 1"})
+    output: str | None = field(default=None, metadata={"help": "markdown file for the table, with a JSON beside it"})
+
+    def __post_init__(self):
+        if not 0 < self.part < 1:
+            raise ValueError(f"part={self.part}: must be between 0 and 1")
+        if not self.sharpness > 0:
+            raise ValueError(f"sharpness={self.sharpness}: must be above 0")
+        if self.output:
+            check_output(self.output, (".json",))
+
+
+def load(model_args, args):
     """The model, the ways to read with it, and the ids of the texts, all cut to the length of the shortest."""
-    folder = resolve(args.model)
     texts = read_texts(args.source)
     if len(texts) < 2:
         raise ValueError(f"source={args.source}: holds {len(texts)} text; the control needs another")
-    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")) if Path(folder).is_dir() else {}
-    patch = None if "infini_attention" in config else InfiniConfig(args.segment_length, overlap=args.overlap)
-    model = AutoInfiniModelForCausalLM.from_pretrained(folder, infini_config=patch, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model, tokenizer = model_args.load()
     ids = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in tqdm(texts, "tokenizing")]
     length = min(args.max_tokens, *map(len, ids))
     least = infini_config_of(model.config).segment_length + 2
     if length < least:
         raise ValueError(f"max_tokens={args.max_tokens}: {length} tokens of each text, and it takes {least} at least")
-    # A memory that was added here is shut.
-    ways = ("memory", "closed") if patch is None else ("closed",)
-    return model, ways, [torch.tensor(part[:length]) for part in ids]
+    # Gates at zero are shut: nothing of the memory comes through.
+    trained = any(gates.any() for gates in gate_values(model).values())
+    ways = ("memory", "closed") if trained else ("closed",)
+    return model.eval(), ways, [torch.tensor(part[:length]) for part in ids]
 
 
 @torch.no_grad()
 def main(argv=None):
-    args = parse(argv)
-    model, ways, texts = load(args)
+    model_args, args = parse_arguments((CachedModel, CacheArguments), __doc__, argv)
+    model, ways, texts = load(model_args, args)
     patch, losses = infini_config_of(model.config), {}
     window = patch.segment_length + patch.overlap
     for way in ways:
@@ -85,7 +89,7 @@ def main(argv=None):
                 losses[name].append(with_cache(own, shares, args.part))
     rows = compare(losses, patch.segment_length)
     lines = comparison_lines(rows, patch.segment_length)
-    numbers = {"model": args.model, "patch": patch.to_dict(), "max_tokens": len(texts[0])}
+    numbers = {"model": model_args.model, "patch": patch.to_dict(), "max_tokens": len(texts[0])}
     numbers |= {"sharpness": args.sharpness, "part": args.part, "comparison": [row.to_dict() for row in rows]}
     print("\n".join(lines))
     if args.output:

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from models import build_patched, random_ids
-from test_retrieval_supervision import L, projections, shifted, told_rows
-from training import GradientCatcher, logged, losses_of, make_trainer, tiny_model, tiny_rows
+from test_retrieval_supervision import L, assert_alike_however_divided, projections, shifted, told_rows
+from training import logged, losses_of, make_trainer, tiny_model, tiny_rows
 
 from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf import memory as memory_math
@@ -218,21 +218,7 @@ def test_rows_whose_writes_are_scaled_are_left_out(tmp_path):
 
 
 def test_gradients_do_not_depend_on_how_rows_are_divided_into_micro_batches(tmp_path):
-    found = []
-    for size, accumulation in ((4, 1), (2, 2)):
-        catcher = GradientCatcher()
-        make_trainer(
-            tmp_path,
-            rows=few_rows(),
-            parts={"callbacks": [catcher]},
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=accumulation,
-            max_grad_norm=0.0,
-            **OPTIONS,
-        ).train()
-        found.append(catcher.steps[0])
-    for name, gradient in found[0].items():
-        torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+    assert_alike_however_divided(tmp_path, few_rows(), OPTIONS)
 
 
 def test_where_nothing_comes_again_it_is_said_once(tmp_path, caplog):

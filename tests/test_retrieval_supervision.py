@@ -277,22 +277,27 @@ def test_the_trainer_adds_it_to_the_loss_and_logs_the_share(tmp_path):
     assert not logged(plain, "retrieval_share")
 
 
-def test_gradients_do_not_depend_on_how_rows_are_divided_into_micro_batches(tmp_path):
+def assert_alike_however_divided(folder, rows, options):
+    """One micro-batch of four rows against two of two: the gradients of a step."""
     found = []
     for size, accumulation in ((4, 1), (2, 2)):
         catcher = GradientCatcher()
         make_trainer(
-            tmp_path,
-            rows=told_rows(),
+            folder,
+            rows=rows,
             parts={"callbacks": [catcher]},
             per_device_train_batch_size=size,
             gradient_accumulation_steps=accumulation,
             max_grad_norm=0.0,
-            **{**OPTIONS, "retrieval_negatives": 0.0},
+            **options,
         ).train()
         found.append(catcher.steps[0])
     for name, gradient in found[0].items():
         torch.testing.assert_close(found[1][name], gradient, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_gradients_do_not_depend_on_how_rows_are_divided_into_micro_batches(tmp_path):
+    assert_alike_however_divided(tmp_path, told_rows(), {**OPTIONS, "retrieval_negatives": 0.0})
 
 
 def test_filling_of_ranks_is_not_taken_for_a_segment():

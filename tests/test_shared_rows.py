@@ -112,6 +112,7 @@ def test_a_size_that_does_not_divide_the_processes(tmp_path, size):
     [
         ({"memory_dilution": 4}, NotImplementedError, "memory_dilution=4"),
         ({"retrieval_weight": 1.0, "recompute_segments": False}, NotImplementedError, "retrieval_weight=1.0"),
+        ({"recall_weight": 1.0, "recompute_segments": False}, NotImplementedError, "recall_weight=1.0"),
         ({"carry_memory": True, "per_device_train_batch_size": 2}, NotImplementedError, "carry_memory and per_device"),
         ({"bptt_segments": 3}, ValueError, "bptt_segments=3.* multiple of 2"),
         ({"neftune_noise_alpha": 5.0}, NotImplementedError, "neftune_noise_alpha"),
