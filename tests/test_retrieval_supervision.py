@@ -137,6 +137,19 @@ def shifted(model):
     return model
 
 
+def assert_gradients_alike(model, loss, expected):
+    """The gradients of two losses, which reach the keys."""
+    loss.backward()
+    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    expected.backward()
+    assert ours["model.layers.1.self_attn.k_proj.weight"].abs().max() > 1e-3
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            largest = max(1e-3, parameter.grad.abs().max().item())
+            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+
+
 def test_keys_at_the_bound_are_led_back_but_not_further_up():
     keys = torch.tensor([7.0, 8.0, 9.0, 30.0], requires_grad=True)
     for direction, passed in ((1.0, [1, 1, 1, 1]), (-1.0, [1, 0, 0, 0])):
@@ -167,16 +180,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_weights_one_by_one(kind, la
     expected, share, count = oracle(model, ids, sources, mask, layers, negatives)
     torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
     assert told.shares.tolist() == pytest.approx([share, count], rel=1e-4)
-    told.loss.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    expected.backward()
-    theirs = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert ours["model.layers.1.self_attn.k_proj.weight"].abs().max() > 1e-3
-    for name, gradient in theirs.items():
-        torch.testing.assert_close(
-            ours[name], gradient, rtol=1e-3, atol=1e-4 * max(1e-3, gradient.abs().max().item()), msg=name
-        )
+    assert_gradients_alike(model, told.loss, expected)
 
 
 @pytest.mark.parametrize(("loss", "contrast"), [("votes", 0.0), ("votes", 0.7), ("tokens", 0.0), ("tokens", 0.7)])
@@ -193,15 +197,7 @@ def test_votes_and_contrast_are_those_of_the_tokens_one_by_one(kind, loss, contr
     other = supervised(model, ids, sources, losses=({"votes": "tokens", "tokens": "votes"}[loss], contrast))
     assert not torch.isclose(told.loss, other.loss, rtol=1e-4)
     torch.testing.assert_close(told.loss, expected, rtol=1e-5, atol=1e-5)
-    told.loss.backward()
-    ours = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    expected.backward()
-    assert ours["model.layers.1.self_attn.k_proj.weight"].abs().max() > 1e-3
-    for name, parameter in model.named_parameters():
-        if parameter.grad is not None:
-            largest = max(1e-3, parameter.grad.abs().max().item())
-            torch.testing.assert_close(ours[name], parameter.grad, rtol=1e-3, atol=1e-4 * largest, msg=name)
+    assert_gradients_alike(model, told.loss, expected)
 
 
 def test_a_source_counts_as_often_as_it_was_written_and_scaled_rows_are_no_negatives():
