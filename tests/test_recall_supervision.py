@@ -8,6 +8,7 @@ from test_retrieval_supervision import (
     assert_alike_however_divided,
     assert_gradients_alike,
     projections,
+    read_told,
     shifted,
     told_rows,
 )
@@ -17,7 +18,6 @@ from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf import memory as memory_math
 from infini_hf.calibration import add_memory_projections
 from infini_hf.recall_supervision import RecallSupervision
-from infini_hf.segment_step import StepObserver, StepOptions, cut_segments, segment_major_loss
 
 
 def few_ids(batch, length, seed=0):
@@ -31,11 +31,7 @@ def supervised(model, ids, mask=None, layers=None, cache=None, left_out=None, re
     supervision = RecallSupervision(1.0, layers, reach)
     cache = InfiniCache(model.config) if cache is None else cache
     with supervision.reading(model, ids, ids if labels is None else labels, mask, cache.seen, left_out) as told:
-        segments = cut_segments(ids, mask, None, L, trim=False)
-        for segment in segments:
-            segment.targets = torch.full_like(segment.input_ids, -100)
-        options = StepOptions(recompute=False, **options)
-        segment_major_loss(model, segments, cache, 1, options, StepObserver(told.begin))
+        read_told(model, ids, mask, cache, told, **options)
     return told
 
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 from models import build_patched, random_ids
-from test_retrieval_supervision import L, some_sources, told_rows
+from test_retrieval_supervision import L, read_told, some_sources, told_rows
 from training import make_trainer, tiny_model
 
 from infini_hf import InfiniCache, InfiniTrainingArguments
 from infini_hf.calibration import add_memory_projections
 from infini_hf.retrieval_supervision import RetrievalSupervision
-from infini_hf.segment_step import StepObserver, StepOptions, cut_segments, segment_major_loss
 
 
 def gradients(model, reach, loss, contrast):
@@ -21,10 +20,7 @@ def gradients(model, reach, loss, contrast):
         InfiniCache(model.config),
     )
     with supervision.reading(model, ids, sources, None, cache.seen) as told:
-        segments = cut_segments(ids, None, None, L, trim=False)
-        for segment in segments:
-            segment.targets = torch.full_like(segment.input_ids, -100)
-        segment_major_loss(model, segments, cache, 1, StepOptions(recompute=False), StepObserver(told.begin))
+        read_told(model, ids, None, cache, told)
     told.loss.backward()
     found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
     return told.loss.detach(), found

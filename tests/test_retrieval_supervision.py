@@ -26,6 +26,15 @@ def some_sources(batch, length, seed=0):
     return torch.where(torch.rand(batch, length, generator=generator) < 1 / 3, earlier, -1)
 
 
+def read_told(model, ids, mask, cache, told, **options):
+    """Read a batch segment after segment, of which nothing is learned but what is told."""
+    segments = cut_segments(ids, mask, None, L, trim=False)
+    for segment in segments:
+        segment.targets = torch.full_like(segment.input_ids, -100)
+    options = StepOptions(recompute=False, **options)
+    segment_major_loss(model, segments, cache, 1, options, StepObserver(told.begin))
+
+
 def supervised(
     model, ids, sources, mask=None, layers=None, negatives=0.0, cache=None, losses=("share", 0.0), **options
 ):
@@ -34,11 +43,7 @@ def supervised(
     cache = InfiniCache(model.config) if cache is None else cache
     scale = options.get("write_scale")
     with supervision.reading(model, ids, sources, mask, cache.seen, scale) as told:
-        segments = cut_segments(ids, mask, None, L, trim=False)
-        for segment in segments:
-            segment.targets = torch.full_like(segment.input_ids, -100)
-        options = StepOptions(recompute=False, **options)
-        segment_major_loss(model, segments, cache, 1, options, StepObserver(told.begin))
+        read_told(model, ids, mask, cache, told, **options)
     return told
 
 
