@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, generate, prefill
 from infini_hf.assets import resolve, shipped
 from infini_hf.cli import ask as ask_module
+from infini_hf.cli import common
 from infini_hf.cli import main as main_module
 from infini_hf.cli import read as read_module
 from infini_hf.cli.main import app, main
@@ -192,6 +193,24 @@ def test_demo_finds_the_key_with_the_memory_alone(run, book, memory):
     name = resolve("tiny-llama-infini")
     model = AutoInfiniModelForCausalLM.from_pretrained(name, dtype="float32")
     assert InfiniCache.from_pretrained(memory, model=model).seen == (6000,)
+
+
+@pytest.mark.parametrize(
+    ("busy", "threads"), [([0.0, 3.0, 0.0, 1.0], 4), ([100.0, 0.0, 10.0, 100.0], 2), ([100.0] * 4, 1), ([0.0] * 64, 4)]
+)
+def test_threads_are_no_more_than_cores_that_are_idle(monkeypatch, busy, threads):
+    monkeypatch.setattr(common.psutil, "cpu_percent", lambda interval, percpu: busy)
+    monkeypatch.setattr(common.torch, "get_num_threads", lambda: 4)
+    assert common.idle_threads() == threads
+
+
+def test_threads_that_are_asked_for_are_taken(run, monkeypatch):
+    taken = []
+    monkeypatch.setattr(common, "idle_threads", lambda: 3)
+    monkeypatch.setattr(common.torch, "set_num_threads", taken.append)
+    for given in ([], ["--threads", 0], ["--threads", 7]):
+        run("demo", "--tokens", 256, *given)
+    assert taken == [3, 3, 7]
 
 
 def test_demo_shows_no_more_tokens_than_it_read(run):

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import psutil
 import torch
 import typer
 from transformers import AutoTokenizer
@@ -17,15 +18,16 @@ MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({',
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
 DTYPE = typer.Option("auto", help="Weights' dtype: auto (the memory's or checkpoint's), float32, bfloat16, float16.")
 DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by default.")
-THREADS = typer.Option(0, min=0, help="CPU threads; 0 leaves torch's choice.")
+THREADS = typer.Option(0, min=0, help="CPU threads; 0 takes the cores that are idle now, of torch's choice.")
+# Seconds in which it is counted which cores are idle.
+LOOK = 0.3
 # What both numpy and torch take.
 SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 def load(model, infini_config, dtype, device, threads, adapter=None):
     """A patched model in evaluation mode, with the folder of an adapter merged into it, and its tokenizer."""
-    if threads:
-        torch.set_num_threads(threads)
+    torch.set_num_threads(threads or idle_threads())
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()
     name, dtype = find_model(model), find_dtype(dtype)
@@ -36,6 +38,17 @@ def load(model, infini_config, dtype, device, threads, adapter=None):
         else:
             loaded = load_adapted(name, adapter, merge=True, dtype=dtype)
         return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def idle_threads():
+    """`int`: as many threads as torch would take, or as there are idle cores where these are fewer, at least one.
+
+    Threads wait for one another at the end of every product. With more of them than cores that are free, each wait
+    lasts until the system gives a core to the last: a command beside other work is then many times slower.
+    """
+    busy = psutil.cpu_percent(interval=LOOK, percpu=True)
+    idle = round(sum(100 - percent for percent in busy) / 100)
+    return max(1, min(torch.get_num_threads(), idle))
 
 
 def check_memory(path):
