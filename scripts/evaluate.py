@@ -10,6 +10,7 @@ behind colons, as in overlap:segment=512:overlap=128:sinks=4 or full:window=640:
 """
 
 import contextlib
+import hashlib
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,8 +114,11 @@ def check_control(control, **here):
         ValueError: names what differs.
     """
     for name, value in here.items():
-        if control[name] != value:
-            raise ValueError(f"control: was measured with {name}={control[name]}, and this would be with {value}")
+        if control.get(name) != value:
+            raise ValueError(
+                f"control: was measured with {name}={control.get(name)}, and this would be with {name}={value}: "
+                "measure both on the same texts, alike"
+            )
 
 
 def lines_beside(control, numbers):
@@ -145,6 +149,9 @@ def perplexity(model_args, args):
     if control is not None:
         check_control(control, max_tokens=args.max_tokens, beyond=beyond)
     texts = texts_of(tokenizer, args)
+    digest = digest_of(texts)
+    if control is not None:
+        check_control(control, texts=digest)
     for way in ways:
         if way.name == "other":
             # Refused now, not after the ways before it.
@@ -169,6 +176,7 @@ def perplexity(model_args, args):
         "adapter": args.adapter,
         "patch": patch.to_dict(),
         "max_tokens": args.max_tokens,
+        "texts": digest,
     }
     numbers |= {"edges": edges, "losses": table.rows, "tokens": counts, "beyond": beyond}
     numbers["comparison"] = [row.to_dict() for row in rows]
@@ -188,6 +196,12 @@ def texts_of(tokenizer, args):
         ids = tokenizer(document["text"], add_special_tokens=False, verbose=False)["input_ids"]
         texts.append(torch.tensor([[*bos, *ids][: args.max_tokens]]))
     return texts
+
+
+def digest_of(texts):
+    """What the ids of all texts are known by, 16 hexadecimal digits."""
+    ids = [" ".join(map(str, text[0].tolist())) for text in texts]
+    return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]
 
 
 def text_mean(losses):

@@ -284,7 +284,8 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     output = tmp_path / "published"
     fit = ROOT / "configs" / "pretrain" / "tiny_llama_facts_4_fit.yaml"
     before = fit.with_name("tiny_llama_facts_3_memory.yaml")
-    options = ["--configs", str(STAGE), str(before), str(fit), "--samples", str(samples.path)]
+    last = fit.with_name("tiny_llama_recall.yaml")
+    options = ["--configs", *map(str, (STAGE, before, fit, last)), "--samples", str(samples.path)]
     script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
     with pytest.raises(ValueError, match=r"other\.jsonl': of other weights than the model in output"):
         script("publish_memory").main(["--output", str(output), "--samples", str(files["other"].path)])
@@ -300,6 +301,9 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     assert (
         "| `tiny_llama_facts_3_memory` | `outputs/tiny-llama-facts-2` | 32 × 256 to 768 tokens | 300 of 600 |" in card
     )
+    told = "layers 2, 3 told where what comes next came before; 5 rows read novels on with the memory carried "
+    assert f"passkeys in 15% of the rows with facts; {told}" in card
+    assert "told where answers were stated; " not in card[card.index("| `tiny_llama_recall` |") :]
     assert "### passkey in grass, digits 5, seed 3" in card
     ids = torch.arange(2, 302)[None]
     logits = [

@@ -358,9 +358,20 @@ def test_the_script_holds_a_model_against_another(tmp_path, monkeypatch):
     assert ratios["memory"][0] == pytest.approx(1.0, abs=1e-6)
     assert ratios["hard:segment=32"][0] > 1.01
     assert "| memory | 1.0000 (1.0000 to 1.0000) |" in output.read_text(encoding="utf-8")
+    # As many texts of as many words.
+    (tmp_path / "others").mkdir()
+    for path in (tmp_path / "novels").iterdir():
+        text = path.read_text(encoding="utf-8").replace("fell", "sank")
+        (tmp_path / "others" / path.name).write_text(text, encoding="utf-8")
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "losses_of_texts", None)
+        with pytest.raises(ValueError, match=r"with texts=(\w{16}), and this would be with texts=(?!\1)\w{16}: "):
+            main(list(map(str, [*options, "--source", tmp_path / "others"])))
     # Before a text is read.
     monkeypatch.setattr(module, "texts_of", None)
-    with pytest.raises(ValueError, match="control: was measured with max_tokens=None, and this would be with 100"):
+    with pytest.raises(
+        ValueError, match="control: was measured with max_tokens=None, and this would be with max_tokens=100"
+    ):
         main(list(map(str, [*options, "--max_tokens", 100])))
     control.write_text("no JSON", encoding="utf-8")
     with pytest.raises(ValueError, match="is no JSON of an evaluation with the way closed"):
