@@ -149,7 +149,7 @@ def perplexity(model_args, args):
     if control is not None:
         check_control(control, max_tokens=args.max_tokens, beyond=beyond)
     texts = texts_of(tokenizer, args)
-    digest = digest_of(texts)
+    digest = digest_of_ids(texts)
     if control is not None:
         check_control(control, texts=digest)
     for way in ways:
@@ -198,7 +198,7 @@ def texts_of(tokenizer, args):
     return texts
 
 
-def digest_of(texts):
+def digest_of_ids(texts):
     """What the ids of all texts are known by, 16 hexadecimal digits."""
     ids = [" ".join(map(str, text[0].tolist())) for text in texts]
     return hashlib.sha256("\n".join(ids).encode()).hexdigest()[:16]

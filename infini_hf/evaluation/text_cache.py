@@ -26,8 +26,8 @@ def read_states(model, ids):
         ids (`torch.Tensor`): `(1, seq_len)` int64.
 
     Returns:
-        `tuple`: the hidden states before the output head, `(seq_len, hidden_size)` float32 of norm 1, and the losses
-        of the tokens after the first, `(seq_len - 1,)` float32 in nats.
+        `tuple`: the hidden states before the output head, `(seq_len, hidden_size)` float32, and the losses of the
+        tokens after the first, `(seq_len - 1,)` float32 in nats.
     """
     cache, length = InfiniCache(model.config), infini_config_of(model.config).segment_length
     states, losses = [], []
@@ -35,7 +35,7 @@ def read_states(model, ids):
         part = ids[:, start : start + length]
         output = model(part, past_key_values=cache, use_cache=True, output_hidden_states=True)
         targets = ids[0, start + 1 : start + 1 + length]
-        states.append(F.normalize(output.hidden_states[-1][0].float(), dim=-1))
+        states.append(output.hidden_states[-1][0].float())
         losses.append(F.cross_entropy(output.logits[0, : len(targets)].float(), targets, reduction="none"))
     return torch.cat(states), torch.cat(losses)
 
@@ -44,7 +44,7 @@ def cache_shares(states, ids, held_states, held_ids, window, sharpness):
     """What the places of a text give to the token that comes next.
 
     Args:
-        states (`torch.Tensor`): `(seq_len, hidden_size)`, of norm 1, of the text that is read.
+        states (`torch.Tensor`): `(seq_len, hidden_size)`, of the text that is read.
         ids (`torch.Tensor`): `(seq_len,)` int64, its tokens.
         held_states (`torch.Tensor`), held_ids (`torch.Tensor`): of the text whose places are looked up, as long at
             least; its own, or another as a control.
@@ -54,6 +54,7 @@ def cache_shares(states, ids, held_states, held_ids, window, sharpness):
     Returns:
         `torch.Tensor`: `(seq_len - 1,)` float32; NaN where there is no place yet.
     """
+    states, held_states = F.normalize(states, dim=-1), F.normalize(held_states, dim=-1)
     shares = states.new_zeros(len(ids) - 1)
     for start in range(0, len(shares), BLOCK):
         stop = min(start + BLOCK, len(shares))
