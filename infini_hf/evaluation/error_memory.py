@@ -5,11 +5,11 @@ error is what a step of gradient descent would add to that state, of the size of
 
     e_i = E[x_{i+1}] - Σ_w P_i(w) E[w]
 
-A memory of errors adds what it retrieves to the state before the head, once with every place kept and weighed as a
-cache weighs it (Grave et al., arXiv 1612.04426), and once as the compressive memory holds it (Eq. 3 to 5 of arXiv
-2404.07143): keys are the shares that a state has in `n` cells, so that M is `(n, hidden_size)` and z is `(n,)`,
+A memory of errors adds what it retrieves to the state before the head, once with every place behind a window kept and
+weighed as a cache weighs it (Grave et al., arXiv 1612.04426), and once as the compressive memory holds it (Eq. 3 to 5
+of arXiv 2404.07143): keys are the shares that a state has in `n` cells, so that M is `(n, hidden_size)` and z `(n,)`,
 
-    h_t + γ σ(h_t) M / (σ(h_t) z),    σ(h) = softmax(θ cos(h - mean, cells))
+    h_t + γ σ(h_t) M / (σ(h_t) z),    σ(h) = softmax(θ cos(h / |h| - mean, cells))
 """
 
 import torch
@@ -67,7 +67,7 @@ def find_cells(states, count, seed=0):
     """Cells by k-means on the sphere.
 
     Args:
-        states (`torch.Tensor`): `(n, hidden_size)`: of texts that the cells will not be used for.
+        states (`torch.Tensor`): `(n, hidden_size)`, of other texts than the one that is read.
         count (`int`): how many cells.
         seed (`int`, *optional*, defaults to `0`): of the states that are looked at and of where cells begin.
 
