@@ -98,19 +98,19 @@ def mixtures(texts, read, index, patch, args):
     return found
 
 
-def error_losses(texts, read, index, patch, args, embeddings):
-    """The losses of a text with the errors of its own or of the next text, by what holds them."""
+def error_losses(texts, read, index, patch, args, held):
+    """The losses of a text with the errors of its own or of the next text, `held` of all, by what holds them."""
     window, length, found = patch.segment_length + patch.overlap, patch.segment_length, {}
-    own, other = (States(read[i][0], texts[i], embeddings) for i in (index, (index + 1) % len(texts)))
+    own, other = held[index], held[(index + 1) % len(texts)]
     own.check(read[index][1])
     elsewhere = torch.cat([states for i, (states, _) in enumerate(read) if i != index])
     cells = {count: find_cells(elsewhere, count) for count in args.cells}
-    for whose, held in (("the text", own), ("another text", other)):
+    for whose, errors in (("the text", own), ("another text", other)):
         name = f"errors of {whose}, all places"
-        found[name] = with_places(own, held, window, args.error_sharpness, args.error_gain)
+        found[name] = with_places(own, errors, window, args.error_sharpness, args.error_gain)
         for count, found_cells in cells.items():
             name = f"errors of {whose}, {count} cells"
-            found[name] = with_cells(own, held, *found_cells, length, args.cell_sharpness, args.cell_gain)
+            found[name] = with_cells(own, errors, *found_cells, length, args.cell_sharpness, args.cell_gain)
     return found
 
 
@@ -119,13 +119,15 @@ def main(argv=None):
     model_args, args = parse_arguments((CachedModel, CacheArguments), __doc__, argv)
     model, ways, texts = load(model_args, args)
     patch, losses = infini_config_of(model.config), {}
-    measure = mixtures
-    if args.errors:
-        measure = partial(error_losses, embeddings=model.get_output_embeddings().weight)
     for way in ways:
         with closed_memory(model) if way == "closed" else nullcontext():
             read = [read_states(model, ids[None]) for ids in tqdm(texts, f"reading, {way}")]
         losses[way] = [own for _, own in read]
+        measure = mixtures
+        if args.errors:
+            embeddings = model.get_output_embeddings().weight
+            held = [States(states, ids, embeddings) for ids, (states, _) in zip(texts, read, strict=True)]
+            measure = partial(error_losses, held=held)
         for index in tqdm(range(len(texts)), f"looking up, {way}"):
             for name, found in measure(texts, read, index, patch, args).items():
                 losses.setdefault(f"{way}, with {name}", []).append(found)
