@@ -51,6 +51,8 @@ def main(argv=None):
     )
     if memory_args.resting_layers:
         raise ValueError(f"resting_layers={memory_args.resting_layers}: all weights rest in a fit; leave it out")
+    if memory_args.memory_only:
+        raise ValueError("memory_only=True: a fit is of the projections alone as it is; leave it out")
     if memory_args.closed_memory:
         raise ValueError("closed_memory=True: a fit is of what the memory reads; leave it out")
     if Path(args.output_dir).is_file():

@@ -134,6 +134,25 @@ def test_resting_layers_stay_as_they_are_and_projections_of_all_heads_learn(nove
         script("finetune_memory").main(["--config", str(STAGE), *options, "--resting_layers", "4"])
 
 
+def test_the_memory_alone_learns(novels, tmp_path):
+    options = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
+    small = ["--max_steps", "1", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "1"]
+    rest = ["--disable_tqdm", "true", "--longest_reading", "1280", "--warmup_steps", "0", "--calibration_tokens", "0"]
+    script("finetune_memory").main(["--config", str(STAGE), *options, *small, *rest, "--memory_only", "true"])
+    before = load_file(Path(resolve("tiny-llama-infini")) / "model.safetensors")
+    after = load_file(tmp_path / "final" / "model.safetensors")
+    assert before.keys() == after.keys()
+    moved = {name for name, weight in before.items() if not torch.equal(weight.float(), after[name].float())}
+    # Shifts are no parameters.
+    learn = {name for name in before if "memory_gate" in name and "shift" not in name}
+    assert moved == learn
+    assert any("key_projection" in name for name in learn)
+    with pytest.raises(
+        ValueError, match="memory_only=True with closed_memory=True: the gates would rest with all else"
+    ):
+        MemoryArguments(memory_only=True, closed_memory=True)
+
+
 def with_gates(folder, value, target):
     """The model of `folder` with all its gates at `value`, in `target`."""
     model = AutoInfiniModelForCausalLM.from_pretrained(folder, dtype="float32")
@@ -230,6 +249,8 @@ def test_a_fit_refuses_before_it_reads(novels, tmp_path):
     given = ["--model", "tiny-llama-infini", "--train_folder", str(novels)]
     with pytest.raises(ValueError, match="resting_layers=1: all weights rest in a fit"):
         script("fit_projections").main([*given, "--resting_layers", "1"])
+    with pytest.raises(ValueError, match="memory_only=True: a fit is of the projections alone"):
+        script("fit_projections").main([*given, "--memory_only", "true"])
     with pytest.raises(ValueError, match="closed_memory=True: a fit is of what the memory reads"):
         script("fit_projections").main([*given, "--closed_memory", "true"])
     (tmp_path / "file").write_text("")

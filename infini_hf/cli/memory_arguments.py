@@ -1,4 +1,4 @@
-"""What scripts that train a memory do to a model before: calibration, projections, layers or gates left at rest."""
+"""What scripts that train a memory do to a model before: calibration, projections, what is left at rest."""
 
 from dataclasses import dataclass, field
 
@@ -39,7 +39,12 @@ class MemoryArguments:
             "are the embeddings, with the output head where it is tied to them"
         },
     )
-
+    memory_only: bool = field(
+        default=False,
+        metadata={
+            "help": "only gates and memory_projections learn: what the model does without its memory stays as it is"
+        },
+    )
     closed_memory: bool = field(
         default=False,
         metadata={"help": "the gates are set to zero and stay there: the local-only control, on the same rows"},
@@ -55,6 +60,11 @@ class MemoryArguments:
             raise ValueError(
                 f"renewed_layers={self.renewed_layers} with calibration_tokens=0: the scale of what is mapped is "
                 "taken from these; give some, 16384 for instance"
+            )
+        if self.memory_only and self.closed_memory:
+            raise ValueError(
+                "memory_only=True with closed_memory=True: the gates would rest with all else, and nothing learn; "
+                "a control of a stage of the memory alone is the model before it, with its memory closed"
             )
         if early := [index for index in self.projected_layers or () if index < self.resting_layers]:
             raise ValueError(
@@ -126,7 +136,7 @@ class MemoryArguments:
             )
 
     def rest(self, model):
-        """Leave the embeddings and the lowest layers as they are.
+        """Leave the embeddings and the lowest layers as they are, and with `memory_only` all but the memory.
 
         Raises:
             ValueError: when that leaves no layer, or is below 0.
@@ -140,6 +150,14 @@ class MemoryArguments:
         if self.resting_layers:
             for module in (decoder.embed_tokens, *decoder.layers[: self.resting_layers]):
                 module.requires_grad_(False)
+        if self.memory_only:
+            kinds = (MemoryGate, HeadProjection)
+            memory = {
+                id(part) for module in model.modules() if isinstance(module, kinds) for part in module.parameters()
+            }
+            for parameter in model.parameters():
+                if id(parameter) not in memory:
+                    parameter.requires_grad_(False)
 
     def close(self, model):
         """Set the gates to zero and leave the whole memory there, where the control is asked for.
