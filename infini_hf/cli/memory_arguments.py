@@ -7,6 +7,7 @@ import torch
 from ..cache import infini_config_of
 from ..calibration import add_memory_projections, calibrate_memory, renew_memory_projections
 from ..gate import HeadProjection, MemoryGate
+from ..parameter_groups import parameters_of
 
 
 @dataclass
@@ -151,13 +152,10 @@ class MemoryArguments:
             for module in (decoder.embed_tokens, *decoder.layers[: self.resting_layers]):
                 module.requires_grad_(False)
         if self.memory_only:
-            kinds = (MemoryGate, HeadProjection)
-            memory = {
-                id(part) for module in model.modules() if isinstance(module, kinds) for part in module.parameters()
-            }
-            for parameter in model.parameters():
-                if id(parameter) not in memory:
-                    parameter.requires_grad_(False)
+            memory = [*parameters_of(model, MemoryGate), *parameters_of(model, HeadProjection)]
+            model.requires_grad_(False)
+            for parameter in memory:
+                parameter.requires_grad_(True)
 
     def close(self, model):
         """Set the gates to zero and leave the whole memory there, where the control is asked for.
