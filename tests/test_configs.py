@@ -134,6 +134,7 @@ def argument_classes(name):
             script(name).FitArguments,
             script(name).FitSettings,
         ),
+        "average_weights": lambda: (ModelArguments, script(name).AverageArguments),
         "pretrain_base": lambda: (script(name).BaseArguments, TrainingArguments),
         "summarize": lambda: (ModelArguments, script(name).SummaryArguments),
         "evaluate": lambda: (script(name).OptionalModel, script(name).EvaluationArguments),

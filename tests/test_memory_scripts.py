@@ -222,6 +222,64 @@ def test_projections_are_fitted_stored_and_reported(novels, calibrated, tmp_path
     assert moved == {f"model.layers.{i}.self_attn.memory_gate.{part}.weight" for i in (2, 3) for part in parts}
 
 
+def changed(folder, target, change, **patch):
+    """The model of `folder`, asked for another patch and then changed, in `target`."""
+    infini = InfiniConfig(128, overlap=32, feature_map="exp", **patch)
+    model = AutoInfiniModelForCausalLM.from_pretrained(folder, infini_config=infini, dtype="float32")
+    with torch.no_grad():
+        change(model)
+    model.save_pretrained(target)
+    AutoTokenizer.from_pretrained(folder).save_pretrained(target)
+    return str(target)
+
+
+def test_a_mean_of_weights_lies_between_the_two_and_keeps_the_window_of_the_first(calibrated, tmp_path, capsys):
+    generator = torch.Generator().manual_seed(0)
+
+    def drift(model):
+        for weight in model.parameters():
+            weight.add_(torch.randn(weight.shape, generator=generator) * 0.01)
+
+    other = changed(calibrated, tmp_path / "other", drift)
+    options = ["--model", str(calibrated), "--segment_length", "64", "--overlap", "16", "--dtype", "float32"]
+    given = [*options, "--other", other, "--output_dir", str(tmp_path / "mean")]
+    script("average_weights").main([*given, "--share", "0.75"])
+    assert f"mean    0.75 of {calibrated}, 0.25 of {other}" in capsys.readouterr().out
+    folders = calibrated, tmp_path / "other", tmp_path / "mean"
+    first, second, mean = (load_file(Path(folder) / "model.safetensors") for folder in folders)
+    assert first.keys() == second.keys() == mean.keys()
+    for name, weight in mean.items():
+        expected = 0.75 * first[name].double() + 0.25 * second[name].double()
+        torch.testing.assert_close(weight.double(), expected, atol=1e-6, rtol=1e-6, msg=name)
+        assert torch.equal(first[name], second[name]) == name.endswith("_shift"), name
+    model = AutoInfiniModelForCausalLM.from_pretrained(tmp_path / "mean")
+    assert model.config.infini_attention["segment_length"] == 64
+    assert model.config.infini_attention["overlap"] == 16
+    # The head is the embedding in a tied model, and still is.
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    for share in ("0", "1", "1.5"):
+        with pytest.raises(ValueError, match=f"share={float(share)}: is the part of `model`"):
+            script("average_weights").main([*given, "--share", share])
+
+
+def shift(model):
+    model.model.layers[1].self_attn.memory_gate.key_shift.add_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "patch", "message"),
+    [
+        (shift, {}, r"layers\.1\.self_attn\.memory_gate\.key_shift differs: the memories were calibrated apart"),
+        (add_memory_projections, {}, r"projection.* is not in the model and \(.*\) in the other"),
+        (lambda model: None, {"layers": [0, 1, 2]}, r"layers=None in the model and \[0, 1, 2\] in the other"),
+    ],
+)
+def test_a_mean_of_other_than_two_states_of_one_training_is_refused(change, patch, message, calibrated, tmp_path):
+    other = changed(calibrated, tmp_path / "other", change, **patch)
+    with pytest.raises(ValueError, match=message):
+        script("average_weights").main(["--model", str(calibrated), "--other", other, "--output_dir", str(tmp_path)])
+
+
 @pytest.mark.parametrize("options", [[], ["--num_train_epochs", "2"]])
 def test_rows_are_drawn_for_a_number_of_steps(options, novels):
     given = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", "unused", *options]

@@ -1,0 +1,98 @@
+"""Average the weights of two checkpoints, one of which went on from the other, into one that keeps most of both.
+
+    python scripts/average_weights.py --config configs/pretrain/tiny_llama_half_3_average.yaml
+
+A checkpoint that learned one task, and what it became by learning another, are often joined by a line on which both
+tasks are kept (Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903). Nothing is trained.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from infini_hf.cache import infini_config_of
+from infini_hf.cli.arguments import parse_arguments
+from infini_hf.cli.errors import run_script
+from infini_hf.cli.script_arguments import ModelArguments
+
+# What may differ: the weights are the same functions of what the local window holds.
+WINDOW = {"segment_length", "overlap", "sink_tokens", "version"}
+
+
+@dataclass(frozen=True)
+class AverageArguments:
+    """The other checkpoint, and where the mean goes."""
+
+    other: str = field(metadata={"help": "the checkpoint to average with: a hub name, a folder, a shipped one"})
+    share: float = field(default=0.5, metadata={"help": "share of `model` in the mean, between 0 and 1"})
+    output_dir: str = field(default="outputs/averaged", metadata={"help": "folder of the model that comes out"})
+
+
+def check_alike(model, other):
+    """Refuse two models of which a mean means nothing.
+
+    Args:
+        model, other ([`~transformers.PreTrainedModel`]): two patched models.
+
+    Raises:
+        ValueError: when their patches differ by more than the local window, when a weight of one is not in the
+            other, or when the features of their memories are centred elsewhere.
+    """
+    patch, other_patch = (infini_config_of(part.config).to_dict() for part in (model, other))
+    for name in sorted((patch.keys() | other_patch.keys()) - WINDOW):
+        if patch.get(name) != other_patch.get(name):
+            raise ValueError(
+                f"{name}={patch.get(name)!r} in the model and {other_patch.get(name)!r} in the other: a mean of "
+                "weights needs the same patch but for its window; choose checkpoints of one training"
+            )
+    shapes, other_shapes = ({n: tuple(w.shape) for n, w in part.state_dict().items()} for part in (model, other))
+    for name in sorted(shapes.keys() | other_shapes.keys()):
+        if shapes.get(name) != other_shapes.get(name):
+            raise ValueError(
+                f"{name} is {shapes.get(name, 'not')} in the model and {other_shapes.get(name, 'not')} in the other: "
+                "a mean of weights needs the same weights; choose checkpoints of one training"
+            )
+    stored, other_buffers = model.state_dict(), dict(other.named_buffers())
+    for name in sorted(other_buffers.keys() & stored.keys()):
+        if not torch.equal(stored[name], other_buffers[name]):
+            raise ValueError(
+                f"{name} differs: the memories were calibrated apart, and the mean of their projections would be "
+                "neither's; choose checkpoints of one calibration"
+            )
+
+
+@torch.no_grad()
+def average(model, other, share):
+    """Make every weight of a model the mean with another's, in place: share · model + (1 - share) · other.
+
+    Args:
+        model, other ([`~transformers.PreTrainedModel`]): two models that [`check_alike`] lets pass.
+        share (`float`): between 0, which gives the other, and 1, which changes nothing.
+    """
+    others = dict(other.named_parameters())
+    for name, weight in model.named_parameters():
+        weight.copy_(torch.lerp(others[name].float(), weight.float(), share))
+
+
+def main(argv=None):
+    model_args, args = parse_arguments((ModelArguments, AverageArguments), __doc__, argv)
+    if not 0 < args.share < 1:
+        raise ValueError(f"share={args.share}: is the part of `model` in the mean; choose one between 0 and 1")
+    if Path(args.output_dir).is_file():
+        raise ValueError(f"output_dir={args.output_dir}: is a file; name a folder, which is made if it is not there")
+    other_args = ModelArguments(args.other, dtype=model_args.dtype)
+    for each in (model_args, other_args):
+        each.check()
+    model, tokenizer = model_args.load()
+    other, _ = other_args.load()
+    check_alike(model, other)
+    average(model, other, args.share)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    print(f"mean    {args.share:g} of {model_args.model}, {1 - args.share:g} of {args.other}")
+    print(f"model   {args.output_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)
