@@ -6,18 +6,19 @@ A checkpoint that learned one task, and what it became by learning another, are 
 tasks are kept (Wortsman et al., "Robust fine-tuning of zero-shot models", arXiv 2109.01903). Nothing is trained.
 """
 
+import json
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
+from infini_hf.cli.names import check_target
 from infini_hf.cli.script_arguments import ModelArguments
+from infini_hf.snapshot import fingerprint
 
 # What may differ: the weights are the same functions of what the local window holds.
-WINDOW = {"segment_length", "overlap", "sink_tokens", "version"}
+WINDOW = {"segment_length", "overlap", "sink_tokens"}
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,13 @@ class AverageArguments:
     output_dir: str = field(default="outputs/averaged", metadata={"help": "folder of the model that comes out"})
 
 
+def kind(model):
+    """What two models have to share: their shape, and their patch but for its local window."""
+    found = fingerprint(model.get_decoder())
+    values = json.loads(found["model"]) | json.loads(found["patch"])
+    return {name: value for name, value in values.items() if name not in WINDOW}
+
+
 def check_alike(model, other):
     """Refuse two models of which a mean means nothing.
 
@@ -36,26 +44,22 @@ def check_alike(model, other):
         model, other ([`~transformers.PreTrainedModel`]): two patched models.
 
     Raises:
-        ValueError: when their patches differ by more than the local window, when a weight of one is not in the
-            other, or when the features of their memories are centred elsewhere.
+        ValueError: when they or their patches differ by more than the local window, when a weight of one is not in
+            the other, or when the features of their memories are centred elsewhere.
     """
-    patch, other_patch = (infini_config_of(part.config).to_dict() for part in (model, other))
-    for name in sorted((patch.keys() | other_patch.keys()) - WINDOW):
-        if patch.get(name) != other_patch.get(name):
+    values, others = kind(model), kind(other)
+    weights, other_weights = model.state_dict(), other.state_dict()
+    values |= {name: tuple(weight.shape) for name, weight in weights.items()}
+    others |= {name: tuple(weight.shape) for name, weight in other_weights.items()}
+    for name in sorted(values.keys() | others.keys()):
+        ours, theirs = values.get(name, "missing"), others.get(name, "missing")
+        if ours != theirs:
             raise ValueError(
-                f"{name}={patch.get(name)!r} in the model and {other_patch.get(name)!r} in the other: a mean of "
-                "weights needs the same patch but for its window; choose checkpoints of one training"
+                f"{name} is {ours} in the model and {theirs} in the other: a mean of weights needs the same weights "
+                "and the same patch but for its window; choose checkpoints of one training"
             )
-    shapes, other_shapes = ({n: tuple(w.shape) for n, w in part.state_dict().items()} for part in (model, other))
-    for name in sorted(shapes.keys() | other_shapes.keys()):
-        if shapes.get(name) != other_shapes.get(name):
-            raise ValueError(
-                f"{name} is {shapes.get(name, 'not')} in the model and {other_shapes.get(name, 'not')} in the other: "
-                "a mean of weights needs the same weights; choose checkpoints of one training"
-            )
-    stored, other_buffers = model.state_dict(), dict(other.named_buffers())
-    for name in sorted(other_buffers.keys() & stored.keys()):
-        if not torch.equal(stored[name], other_buffers[name]):
+    for name, _ in model.named_buffers():
+        if name in weights and not torch.equal(weights[name], other_weights[name]):
             raise ValueError(
                 f"{name} differs: the memories were calibrated apart, and the mean of their projections would be "
                 "neither's; choose checkpoints of one calibration"
@@ -79,8 +83,7 @@ def main(argv=None):
     model_args, args = parse_arguments((ModelArguments, AverageArguments), __doc__, argv)
     if not 0 < args.share < 1:
         raise ValueError(f"share={args.share}: is the part of `model` in the mean; choose one between 0 and 1")
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"output_dir={args.output_dir}: is a file; name a folder, which is made if it is not there")
+    check_target(args.output_dir, "output_dir=")
     other_args = ModelArguments(args.other, dtype=model_args.dtype)
     for each in (model_args, other_args):
         each.check()

@@ -7,12 +7,12 @@ how often the heads' votes find the source of an answer, and its token, before a
 """
 
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.memory_arguments import MemoryArguments
+from infini_hf.cli.names import check_target
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_row_style import MemoryRowStyle
@@ -55,8 +55,7 @@ def main(argv=None):
         raise ValueError("memory_only=True: a fit is of the projections alone as it is; leave it out")
     if memory_args.closed_memory:
         raise ValueError("closed_memory=True: a fit is of what the memory reads; leave it out")
-    if Path(args.output_dir).is_file():
-        raise ValueError(f"output_dir={args.output_dir}: is a file; name a folder, which is made if it is not there")
+    check_target(args.output_dir, "output_dir=")
     model_args.check()
     texts = read_texts(args.train_folder)
     model, tokenizer = model_args.load()

@@ -270,8 +270,10 @@ def shift(model):
     ("change", "patch", "message"),
     [
         (shift, {}, r"layers\.1\.self_attn\.memory_gate\.key_shift differs: the memories were calibrated apart"),
-        (add_memory_projections, {}, r"projection.* is not in the model and \(.*\) in the other"),
-        (lambda model: None, {"layers": [0, 1, 2]}, r"layers=None in the model and \[0, 1, 2\] in the other"),
+        (add_memory_projections, {}, r"projection.* is missing in the model and \(.*\) in the other"),
+        (lambda model: None, {"layers": [0, 1, 2]}, r"layers is None in the model and \[0, 1, 2\] in the other"),
+        # Weights of the same shapes, in another function.
+        (lambda model: model.config.update({"rms_norm_eps": 1e-3}), {}, r"rms_norm_eps is 1e-06 in .* 0.001 in the"),
     ],
 )
 def test_a_mean_of_other_than_two_states_of_one_training_is_refused(change, patch, message, calibrated, tmp_path):

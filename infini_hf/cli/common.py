@@ -51,16 +51,6 @@ def idle_threads():
     return max(1, min(torch.get_num_threads(), idle))
 
 
-def check_memory(path):
-    """Refuse a file where a memory is to be kept, before anything is read.
-
-    Raises:
-        ValueError: when it is one.
-    """
-    if path.exists() and not path.is_dir():
-        raise ValueError(f"--memory {path}: is a file; name a folder, which is made if it is not there")
-
-
 def read_text(path: Path):
     """A text file, UTF-8.
 

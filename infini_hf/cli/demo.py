@@ -16,7 +16,8 @@ from ..data.needle_tasks import first_number
 from ..data.needles import GRASS, PASSKEY_HEADER, draw_key, passkey_fact
 from ..evaluation.needles.questions import ask_with
 from ..streaming import prefill
-from .common import SEEDS, THREADS, check_memory, encode, human_bytes, load, read_text
+from .common import SEEDS, THREADS, encode, human_bytes, load, read_text
+from .names import check_target
 
 # Looks at the state, the first of which is at its beginning.
 REPORTS = 8
@@ -41,7 +42,7 @@ def demo(
     """
     console = Console()
     if memory:
-        check_memory(memory)
+        check_target(memory, "--memory ")
     language_model, tokenizer = load(model, None, "float32", "cpu", threads)
     key = key or draw_key(np.random.default_rng(seed), split="test")
     if not key.isdigit():

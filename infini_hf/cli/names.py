@@ -126,6 +126,21 @@ def find_file(path, option):
     return found
 
 
+def check_target(path, option):
+    """Refuse a file where a folder is to be written, before anything is read.
+
+    Args:
+        path (`str` or `Path`): as the user gave it.
+        option (`str`): what it was given for, to begin the error with, such as `"output_dir="`.
+
+    Raises:
+        ValueError: when it is one.
+    """
+    target = Path(path)
+    if target.exists() and not target.is_dir():
+        raise ValueError(f"{option}{path}: is a file; name a folder, which is made if it is not there")
+
+
 def checked_folder(path, name, marker, what):
     """A folder that holds a checkpoint or an adapter, as text."""
     if (path / marker).is_file():

@@ -12,8 +12,8 @@ from ..cache import InfiniCache
 from ..config import InfiniConfig
 from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
-from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, check_memory, encode, human_bytes, load, read_text
-from .names import find_model, loading
+from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, read_text
+from .names import check_target, find_model, loading
 
 
 def read(
@@ -42,7 +42,7 @@ def read(
     it stopped; name further files and they are read after the earlier ones.
     """
     texts = [read_text(file) for file in files]
-    check_memory(memory)
+    check_target(memory, "--memory ")
     resume = (memory / FILE_NAME).is_file()
     dtype = read_dtype(memory) if resume and dtype == "auto" else dtype
     asked = {
