@@ -60,7 +60,10 @@ class EvaluationArguments:
         default_factory=lambda: ["memory", "closed"],
         metadata={"help": "memory, closed, hard, overlap, txl, other, full, full_past, with options behind colons"},
     )
-    first_edge: int = field(default=1024, metadata={"help": "first position of the table; then twice that, and so on"})
+    first_edge: int | None = field(
+        default=None,
+        metadata={"help": "first position of the table, then twice that, and so on; default: the model's segment"},
+    )
     beyond: int | None = field(
         default=None, metadata={"help": "first position of the comparison; default: the longest segment of the ways"}
     )
@@ -159,7 +162,8 @@ def perplexity(model_args, args):
     losses = {way.text: losses_of_texts(model, way, texts) for way in ways}
     longest = max(ids.shape[1] for ids in texts) - 1
     # A way that ends early has a span of its own, or its last one would mean other tokens than its neighbours'.
-    edges = sorted({*doubling_edges(longest, args.first_edge), *(min(reach, longest) for reach in reaches)})
+    first_edge = patch.segment_length if args.first_edge is None else args.first_edge
+    edges = sorted({*doubling_edges(longest, first_edge), *(min(reach, longest) for reach in reaches)})
     counts = mean_by_span([ids[0, 1:] for ids in texts], edges)[1]
     table = SpanTable(edges, {name: mean_by_span(parts, edges)[0] for name, parts in losses.items()}, counts)
     # The plain control where there is one, else the first with options of its own.

@@ -91,19 +91,33 @@ def recipe(configs):
     stages = [yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8")) for path in configs]
     length = MISSING_LENGTH
     for path, stage, after in zip(configs, stages, [*stages, {}][1:], strict=True):
-        # A fit of projections has a number of rows, training a number of steps.
-        fits = "max_steps" not in stage
-        script = "fit_projections" if fits else "finetune_memory"
-        lines += [f"    python scripts/{script}.py --config {path} \\", "        --train_folder NOVELS/train"]
+        lines += commands_of(path, stage)
+        if "share" in stage:
+            rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | – | – | {of_mean(stage)} |")
+            continue
         style = {**asdict(MemoryRowStyle()), **stage}
         length = stage.get("segment_length", length)
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
-        batch, steps, what = (of_fit if fits else of_training)(stage, style)
+        batch, steps, what = (of_training if "max_steps" in stage else of_fit)(stage, style)
         what, left = "; ".join(what), re.fullmatch(rf"{stage['output_dir']}/checkpoint-(\d+)", after.get("model", ""))
         steps = f"{left[1]} of {steps}" if left else steps
         rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens | {steps} | {what} |")
     return "\n".join([*lines, "", *rows])
+
+
+def commands_of(path, stage):
+    """The command of a stage, as lines."""
+    if "share" in stage:
+        return [f"    python scripts/average_weights.py --config {path}"]
+    # A fit of projections has a number of rows, training a number of steps.
+    script = "finetune_memory" if "max_steps" in stage else "fit_projections"
+    return [f"    python scripts/{script}.py --config {path} \\", "        --train_folder NOVELS/train"]
+
+
+def of_mean(stage):
+    """The words for a stage of `scripts/average_weights.py`."""
+    return f"mean of the weights: {stage['share']:.0%} of these, the rest of `{stage['other']}`"
 
 
 def of_fit(stage, style):
@@ -124,6 +138,8 @@ def of_training(stage, style):
     ]
     if stage.get("memory_projections"):
         what.append("projections of the memory's own")
+    if stage.get("memory_only"):
+        what.append("the gates and the memory's projections alone learn")
     for name, told in (
         ("retrieval", "where answers were stated"),
         ("recall", "where what comes next came before"),

@@ -315,7 +315,8 @@ def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
         "full_past:length=80",
     ]
     options = ["--source", tmp_path / "novels", "--segment_length", 64, "--dtype", "float32", "--device", "cpu"]
-    options += ["--overlap", 8, "--first_edge", 64, "--output", output, "--ways", *ways]
+    # The first edge is the model's segment.
+    options += ["--overlap", 8, "--output", output, "--ways", *ways]
     figure = ["--figure_ways", "memory", "full_past:length=80"] if importlib.util.find_spec("matplotlib") else []
     numbers = script().main(list(map(str, [*options, *figure])))
     assert json.loads(output.with_suffix(".json").read_text(encoding="utf-8")) == numbers
