@@ -185,7 +185,8 @@ def perplexity(model_args, args):
     numbers |= {"edges": edges, "losses": table.rows, "tokens": counts, "beyond": beyond}
     numbers["comparison"] = [row.to_dict() for row in rows]
     numbers["documents"] = {name: [text_mean(part[beyond:]) for part in parts] for name, parts in losses.items()}
-    lines = [*table.markdown(), "", *comparison_lines(rows, beyond, roles[0])]
+    first = "segment" if args.beyond is None else f"{beyond:,} tokens"
+    lines = [*table.markdown(), "", *comparison_lines(rows, beyond, roles[0], first)]
     if control is not None:
         lines += ["", *lines_beside(control, numbers)]
     return lines, numbers

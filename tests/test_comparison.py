@@ -92,6 +92,9 @@ def test_the_lines_say_what_the_memory_does():
     other = compare({**losses, "other": losses["full"]}, 4)
     last = comparison_lines(other, 4)[-1]
     assert f"{ends}; memory of another text {rows[2].perplexity:.2f}; of the gap" in last
+    later = comparison_lines(rows, 4, first="4 tokens")
+    assert later[0].startswith("Beyond the first 4 tokens (position 4 on, ")
+    assert later[-1].startswith("Beyond the first 4 tokens: memory ")
     assert comparison_lines(compare(losses, 30), 30) == ["No text reaches beyond the first segment (position 30)."]
     assert "memory" not in comparison_lines(compare({"hard": losses["memory"]}, 4), 4)[-1]
 

@@ -336,6 +336,9 @@ def test_the_script_reads_in_the_ways_that_are_named(tmp_path):
     assert "Beyond the first segment: memory" in output.read_text(encoding="utf-8")
     if figure:
         assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    later = [*options[: options.index("--output")], "--output", tmp_path / "later.md", "--ways", "closed"]
+    assert script().main(list(map(str, [*later, "--beyond", 100])))["beyond"] == 100
+    assert "\nBeyond the first 100 tokens (position 100 on, " in (tmp_path / "later.md").read_text(encoding="utf-8")
     # Of two ways with the gates shut the plain one is the control.
     plain = [*options[: options.index("--output")], "--ways", "memory", "closed:overlap=0", "closed"]
     rows = {row["way"]: row for row in script().main(list(map(str, plain)))["comparison"]}

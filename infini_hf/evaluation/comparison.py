@@ -129,14 +129,17 @@ def share_of(sums):
     return [gap_share(sums), jackknife_interval(gap_share, sums)]
 
 
-def comparison_lines(rows, start, base="closed"):
-    """A markdown table, and below it what the memory does in one sentence, where it and its control were measured."""
+def comparison_lines(rows, start, base="closed", first="segment"):
+    """A markdown table, and below it what the memory does in one sentence, where it and its control were measured.
+
+    `first` says in words what is left out at the beginning of each text.
+    """
     by_way = {row.way: row for row in rows}
     if not rows:
-        return [f"No text reaches beyond the first segment (position {start:,})."]
+        return [f"No text reaches beyond the first {first} (position {start:,})."]
     texts = max(row.documents for row in rows)
     lines = [
-        f"Beyond the first segment (position {start:,} on, {texts} texts), with 95 % intervals over the texts:",
+        f"Beyond the first {first} (position {start:,} on, {texts} texts), with 95 % intervals over the texts:",
         "",
         f"| read with | perplexity | ratio to {base} | tokens |",
         "|---|---|---|---|",
@@ -145,14 +148,14 @@ def comparison_lines(rows, start, base="closed"):
         ratio = "1" if row.way == base else number(row.ratio, row.ratio_interval, ".4f")
         lines.append(f"| {row.way} | {row.perplexity:.2f} | {ratio} | {row.tokens:,} |")
     if "memory" in by_way and base in by_way:
-        lines += ["", verdict(by_way["memory"], by_way[base], by_way.get("other"))]
+        lines += ["", verdict(by_way["memory"], by_way[base], by_way.get("other"), first)]
     return lines
 
 
-def verdict(memory, closed, other=None):
+def verdict(memory, closed, other=None, first="segment"):
     """The claim and what it rests on, in one line; what another text's memory does too is not of the text."""
     ratio = number(memory.ratio, memory.ratio_interval, ".4f")
-    said = f"Beyond the first segment: memory {memory.perplexity:.2f}, closed {closed.perplexity:.2f}, ratio {ratio}"
+    said = f"Beyond the first {first}: memory {memory.perplexity:.2f}, closed {closed.perplexity:.2f}, ratio {ratio}"
     if other is not None:
         said += f"; memory of another text {other.perplexity:.2f}"
     if memory.share is None:
