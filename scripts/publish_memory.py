@@ -91,33 +91,30 @@ def recipe(configs):
     stages = [yaml.safe_load(find_file(path, "configs").read_text(encoding="utf-8")) for path in configs]
     length = MISSING_LENGTH
     for path, stage, after in zip(configs, stages, [*stages, {}][1:], strict=True):
-        lines += commands_of(path, stage)
-        if "share" in stage:
-            rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | – | – | {of_mean(stage)} |")
+        script = script_of(stage)
+        command = f"    python scripts/{script}.py --config {path}"
+        if script == "average_weights":
+            lines.append(command)
+            what = f"mean of the weights: {stage['share']:.0%} of these, the rest of `{stage['other']}`"
+            rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | – | – | {what} |")
             continue
+        lines += [f"{command} \\", "        --train_folder NOVELS/train"]
         style = {**asdict(MemoryRowStyle()), **stage}
         length = stage.get("segment_length", length)
         shortest, longest = (style[name] * length for name in ("least_segments", "most_segments"))
         lengths = f"{shortest:,}" if shortest == longest else f"{shortest:,} to {longest:,}"
-        batch, steps, what = (of_training if "max_steps" in stage else of_fit)(stage, style)
+        batch, steps, what = (of_fit if script == "fit_projections" else of_training)(stage, style)
         what, left = "; ".join(what), re.fullmatch(rf"{stage['output_dir']}/checkpoint-(\d+)", after.get("model", ""))
         steps = f"{left[1]} of {steps}" if left else steps
         rows.append(f"| `{Path(path).stem}` | `{stage['model']}` | {batch} × {lengths} tokens | {steps} | {what} |")
     return "\n".join([*lines, "", *rows])
 
 
-def commands_of(path, stage):
-    """The command of a stage, as lines."""
-    if "share" in stage:
-        return [f"    python scripts/average_weights.py --config {path}"]
-    # A fit of projections has a number of rows, training a number of steps.
-    script = "finetune_memory" if "max_steps" in stage else "fit_projections"
-    return [f"    python scripts/{script}.py --config {path} \\", "        --train_folder NOVELS/train"]
-
-
-def of_mean(stage):
-    """The words for a stage of `scripts/average_weights.py`."""
-    return f"mean of the weights: {stage['share']:.0%} of these, the rest of `{stage['other']}`"
+def script_of(stage):
+    """The script of a stage: a mean has another model, training a number of steps, and a fit neither."""
+    if "other" in stage:
+        return "average_weights"
+    return "finetune_memory" if "max_steps" in stage else "fit_projections"
 
 
 def of_fit(stage, style):

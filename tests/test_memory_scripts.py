@@ -367,7 +367,7 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     before = fit.with_name("tiny_llama_facts_3_memory.yaml")
     last = fit.with_name("tiny_llama_recall.yaml")
     alone, mean = (fit.with_name(f"tiny_llama_half_{name}.yaml") for name in ("2_facts", "3_average"))
-    options = ["--configs", *map(str, (STAGE, before, fit, last, alone, mean)), "--samples", str(samples.path)]
+    options = ["--configs", *map(str, (STAGE, before, fit, alone, mean, last)), "--samples", str(samples.path)]
     script("publish_memory").main(["--model", "tiny-llama-infini", "--output", str(output), *options])
     with pytest.raises(ValueError, match=r"other\.jsonl': of other weights than the model in output"):
         script("publish_memory").main(["--output", str(output), "--samples", str(files["other"].path)])
@@ -385,7 +385,7 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     )
     told = "layers 2, 3 told where what comes next came before; 5 rows read novels on with the memory carried "
     assert f"passkeys in 15% of the rows with facts; {told}" in card
-    assert "told where answers were stated; " not in card[card.index("| `tiny_llama_recall` |") :].splitlines()[0]
+    assert "told where answers were stated; " not in card[card.index("| `tiny_llama_recall` |") :]
     assert "with facts; the gates and the memory's projections alone learn; layers 2, 3 told" in card
     assert f"    python scripts/average_weights.py --config {mean}\n" in card
     of_mean = "mean of the weights: 75% of these, the rest of `tiny-llama-infini`"

@@ -152,7 +152,7 @@ def comparison_lines(rows, start, base="closed", first="segment"):
     return lines
 
 
-def verdict(memory, closed, other=None, first="segment"):
+def verdict(memory, closed, other, first):
     """The claim and what it rests on, in one line; what another text's memory does too is not of the text."""
     ratio = number(memory.ratio, memory.ratio_interval, ".4f")
     said = f"Beyond the first {first}: memory {memory.perplexity:.2f}, closed {closed.perplexity:.2f}, ratio {ratio}"
