@@ -119,7 +119,7 @@ def add_memory_projections(model, layers=None, mix_heads=False):
 def renew_memory_projections(model, layers, ids, spread=1.0):
     """Begin the memory's projections of some layers anew, in place: a random map of standardised queries and keys.
 
-    For projections that were trained to tell a few facts apart, and learn little else from there (docs/results.md).
+    For projections that were trained to tell a few facts apart, and learn little else from there (docs/language.md).
     What the layers' memory held is lost to what reads it: train on.
 
     Args:

@@ -1,6 +1,6 @@
 """Store a model with a trained memory as it ships, in bfloat16 with gates in float32, and write its model card.
 
-    python scripts/publish_memory.py --model outputs/tiny-llama-infini-2/final --output outputs/published
+    python scripts/publish_memory.py --model outputs/tiny-llama-half-3 --output outputs/published
     infini-hf passkey outputs/published --haystack NOVELS/validation --lengths 32k --output outputs/passkey.jsonl
     python scripts/publish_memory.py --output outputs/published --samples outputs/passkey.jsonl --configs STAGES
 
@@ -54,8 +54,8 @@ Share of the memory in the output, layer by layer (mean over the heads; least to
 
 ## Measured
 
-`closed` shuts the gates, `other` reads the memory of another stream. At depth 1 a single key lies in the local window
-and needs no memory. What the figures mean is said in docs/results.md of the repository.
+`closed` shuts the gates, `other` reads the memory of another stream. At depth 1 a single key lies in the local window,
+where closed gates may find it too. What the figures mean is said in docs/results.md of the repository.
 """
 
 

@@ -1,6 +1,6 @@
 """How much of a text's perplexity a model could save that forgot nothing of it: a cache of all its hidden states.
 
-    python scripts/text_cache.py --source NOVELS/validation --output outputs/text_cache.md
+    python scripts/text_cache.py --source NOVELS/validation --model tiny-llama-facts --output outputs/text_cache.md
 
 Beside each way to read, the same probabilities mixed with what came after like places of the text beyond the local
 window, and, as the control, of the next text. With `--errors true`, in place of that, a memory of the model's errors,

@@ -217,7 +217,7 @@ def test_demo_shows_no_more_tokens_than_it_read(run):
     """The last of the boundaries that it looks at rounds to 384."""
     shown = run("demo", "--tokens", "370", "--threads", "1")
     assert shown.exit_code == 0
-    assert re.findall(r"^│ +(\d+) │", shown.output, re.MULTILINE) == ["128", "256", "370"]
+    assert re.findall(r"^│ +(\d+) │", shown.output, re.MULTILINE) == ["64", "128", "192", "256", "320", "370"]
 
 
 def test_demo_refuses_a_file_for_its_memory_before_it_reads(run, book, monkeypatch):

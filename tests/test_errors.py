@@ -103,7 +103,7 @@ def test_a_part_of_a_patch_is_not_dropped(option, tmp_path):
     assert args.infini_config() is None
 
 
-@pytest.mark.parametrize("option", [{"segment_length": 256}, {"overlap": 16}, {"segment_length": 64, "overlap": 0}])
+@pytest.mark.parametrize("option", [{"segment_length": 256}, {"overlap": 8}, {"segment_length": 96, "overlap": 0}])
 def test_of_a_patched_checkpoint_only_what_is_asked_for_changes(option):
     """--segment_length alone took the feature map of the checkpoint away, for the default of a first patch."""
     words = [word for name, value in option.items() for word in (f"--{name}", str(value))]

@@ -388,7 +388,7 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     assert "told where answers were stated; " not in card[card.index("| `tiny_llama_recall` |") :]
     assert "with facts; the gates and the memory's projections alone learn; layers 2, 3 told" in card
     assert f"    python scripts/average_weights.py --config {mean}\n" in card
-    of_mean = "mean of the weights: 75% of these, the rest of `tiny-llama-infini`"
+    of_mean = "mean of the weights: 75% of these, the rest of `tiny-llama-facts`"
     assert f"| `tiny_llama_half_3_average` | `outputs/tiny-llama-half-2/final` | – | – | {of_mean} |" in card
     assert "### passkey in grass, digits 5, seed 3" in card
     ids = torch.arange(2, 302)[None]
@@ -400,7 +400,7 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     assert torch.equal(*logits)
 
 
-@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-infini"])
+@pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-facts", "tiny-llama-infini"])
 def test_every_config_that_a_card_names_is_there(name):
     card = (Path(resolve(name)) / "README.md").read_text(encoding="utf-8")
     named = re.findall(r"configs/pretrain/\w+\.yaml", card)

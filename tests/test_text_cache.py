@@ -161,7 +161,7 @@ def test_the_script_measures_the_text_and_another(tmp_path, capsys):
     names = [way + more for way in ("memory", "closed") for more in ("", *(f", with {what}" for what in WHAT))]
     assert list(losses) == names
     rows = json.loads(output.with_suffix(".json").read_text(encoding="utf-8"))["comparison"]
-    own = torch.cat([part[128:] for part in losses["closed, with a cache of the text"]]).double().mean().item()
+    own = torch.cat([part[64:] for part in losses["closed, with a cache of the text"]]).double().mean().item()
     assert rows[4]["way"] == "closed, with a cache of the text"
     assert rows[4]["perplexity"] == pytest.approx(math.exp(own))
     assert "| closed, with one of another text |" in output.read_text(encoding="utf-8")
@@ -185,5 +185,5 @@ def test_what_cannot_be_measured_is_said_before_a_model_is_read(tmp_path):
     with pytest.raises(ValueError, match=r"part=1.5: must be between 0 and 1"):
         main(["--source", str(tmp_path), "--part", "1.5"])
     (tmp_path / "two.txt").write_text("Twice.", encoding="utf-8")
-    with pytest.raises(ValueError, match="tokens of each text, and it takes 130 at least"):
+    with pytest.raises(ValueError, match="tokens of each text, and it takes 66 at least"):
         main(["--source", str(tmp_path)])
