@@ -78,6 +78,18 @@ def test_asking_leaves_the_snapshot_unless_told_to_save(run, book, memory):
     assert (memory / "memory.safetensors").read_bytes() != before
 
 
+def test_a_model_whose_gates_are_all_at_zero_is_said_to_read_no_memory(run, book, tmp_path):
+    # The base has gates at zero; with the shipped memory nothing is said.
+    for model, noted in (("tiny-llama", True), ("tiny-llama-infini", False)):
+        folder = tmp_path / model
+        for done in (
+            run("read", model, book, "--memory", folder, *EXACT),
+            run("ask", model, "The", "--memory", folder, "--max-new-tokens", "1", "--threads", "1"),
+        ):
+            assert done.exit_code == 0
+            assert ("all memory gates of this model are at zero" in done.stderr) is noted
+
+
 def test_a_file_read_already_is_skipped_and_a_new_one_follows(run, book, memory, tmp_path):
     run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
     other = tmp_path / "other.txt"

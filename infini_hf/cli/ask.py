@@ -10,7 +10,7 @@ from transformers import TextStreamer
 from ..cache import InfiniCache
 from ..snapshot import read_dtype, read_patch
 from ..streaming import generate
-from .common import DEVICE, DTYPE, MEMORY, MODEL, SEEDS, THREADS, encode, load
+from .common import DEVICE, DTYPE, MEMORY, MODEL, SEEDS, THREADS, encode, load, note_untrained
 
 
 def ask(
@@ -32,6 +32,7 @@ def ask(
     dtype = read_dtype(memory) if dtype == "auto" else dtype
     language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads)
     cache = InfiniCache.from_pretrained(memory, model=language_model)
+    note_untrained(language_model)
     torch.manual_seed(seed)
     options = {"do_sample": temperature > 0}
     if temperature > 0:

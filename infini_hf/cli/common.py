@@ -11,6 +11,7 @@ from transformers.utils import logging as transformers_logging
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
 from ..data.local_parts import read_utf8
+from ..gate import MemoryGate
 from .adapters import load_adapted
 from .names import find_device, find_dtype, find_file, find_model, loading
 
@@ -38,6 +39,16 @@ def load(model, infini_config, dtype, device, threads, adapter=None):
         else:
             loaded = load_adapted(name, adapter, merge=True, dtype=dtype)
         return loaded.to(device).eval(), AutoTokenizer.from_pretrained(name)
+
+
+def note_untrained(model):
+    """Say so when no gate of a model is open: what it reads and is asked then knows the local window alone."""
+    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
+    if gates and all(gate.kind == "tanh" and not gate.bias.any() for gate in gates):
+        note = (
+            "note: all memory gates of this model are at zero: until they are trained it writes its memory and never"
+        )
+        typer.echo(f"{note} reads it, and knows its local window alone", err=True)
 
 
 def idle_threads():

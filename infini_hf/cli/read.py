@@ -12,7 +12,7 @@ from ..cache import InfiniCache
 from ..config import InfiniConfig
 from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
-from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, read_text
+from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, note_untrained, read_text
 from .names import check_target, find_model, loading
 
 
@@ -55,6 +55,7 @@ def read(
     asked = {name: value for name, value in asked.items() if value is not None}
     patch = choose_patch(model, asked, read_patch(memory) if resume else None)
     language_model, tokenizer = load(model, patch, dtype, device, threads)
+    note_untrained(language_model)
     cache = InfiniCache.from_pretrained(memory, model=language_model) if resume else InfiniCache(language_model.config)
     records = cache.notes.setdefault("files", [])
     for file, text in zip(files, texts, strict=True):
