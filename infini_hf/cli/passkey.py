@@ -64,12 +64,18 @@ def passkey(
     device: str = DEVICE,
     threads: int = THREADS,
 ):
-    """Exact match of keys hidden in grass filler and in novels, with the memory, with it closed, and with another's.
+    """Hide keys in grass and in novels, read the streams, ask for them, and count exact answers beside controls.
 
-    The memory is closed, or exchanged with that of another stream, while the question is asked. The reading stays the
-    same, so that upper layers keep a trace of the memory in the keys and values of the local window. The control
-    window shuts the gates throughout the reading: what is left is the local window and chance. Streams that differ in
-    the depth alone share what they read before their needle.
+    For example: infini-hf passkey tiny-llama-infini --lengths 4k,32k --samples 4
+
+    Ways to ask: with the memory; closed shuts its gates while the question
+    is asked, and other exchanges it with that of another stream. Their
+    reading is one and the same, so that upper layers keep a trace of the
+    memory in the keys and values of the local window. The further ways read
+    anew with the gates shut: window has the model's own local window alone,
+    local none beyond a segment, txl a whole segment of overlap
+    (Transformer-XL), full one window over all. Streams that differ in the
+    depth alone share what they read before their needle.
     """
     asked = {
         "segment_length": segment_length,
