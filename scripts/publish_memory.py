@@ -44,7 +44,7 @@ A Llama of {parameters:,} parameters whose self-attention is Infini-attention: l
 (rule {memory_update}, feature map {feature_map}, gate {gate}). A model of this size knows nothing; what it
 remembers is measured below.
 
-    infini-hf demo
+    infini-hf demo --model {name}
 
 ## Training
 
@@ -55,7 +55,7 @@ Share of the memory in the output, layer by layer (mean over the heads; least to
 ## Measured
 
 `closed` shuts the gates, `other` reads the memory of another stream. At depth 1 a single key lies in the local window,
-where closed gates may find it too. What the figures mean is said in docs/results.md of the repository.
+where closed gates may find it too. What the figures mean is said in docs/results.md and docs/language.md.
 """
 
 

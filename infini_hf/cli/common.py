@@ -10,8 +10,8 @@ from transformers.utils import logging as transformers_logging
 
 from ..assets import shipped
 from ..auto import AutoInfiniModelForCausalLM
+from ..callbacks import gate_values
 from ..data.local_parts import read_utf8
-from ..gate import MemoryGate
 from .adapters import load_adapted
 from .names import find_device, find_dtype, find_file, find_model, loading
 
@@ -43,12 +43,9 @@ def load(model, infini_config, dtype, device, threads, adapter=None):
 
 def note_untrained(model):
     """Say so when no gate of a model is open: what it reads and is asked then knows the local window alone."""
-    gates = [module for module in model.modules() if isinstance(module, MemoryGate)]
-    if gates and all(gate.kind == "tanh" and not gate.bias.any() for gate in gates):
-        note = (
-            "note: all memory gates of this model are at zero: until they are trained it writes its memory and never"
-        )
-        typer.echo(f"{note} reads it, and knows its local window alone", err=True)
+    if not any(gates.any() for gates in gate_values(model).values()):
+        why = "until they are trained, the memory is written and never read"
+        typer.echo(f"note: all memory gates of this model are at zero: {why}", err=True)
 
 
 def idle_threads():
