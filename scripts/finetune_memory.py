@@ -6,7 +6,8 @@
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`. With
 `--closed_memory true --retrieval_weight 0 --recall_weight 0` it makes the local-only control of any config: its
-rows, the gates at zero.
+rows, the gates at zero. With `lora_r` what learns is an adapter, with the memory's gates and projections, for
+`infini-hf passkey MODEL --adapter OUTPUT_DIR/final`.
 """
 
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.cli.run_training import train_and_report
-from infini_hf.cli.script_arguments import ModelArguments, command_line, rows_to_draw
+from infini_hf.cli.script_arguments import LoraArguments, ModelArguments, command_line, rows_to_draw
 from infini_hf.data.base_rows import read_texts
 from infini_hf.data.memory_row_style import MemoryRowStyle
 from infini_hf.data.memory_rows import MemoryRows
@@ -62,25 +63,28 @@ class RunArguments(InfiniTrainingArguments):
 
 
 def main(argv=None):
-    model_args, memory_args, row_args, args = parse_arguments(
-        (ModelArguments, MemoryArguments, RowArguments, RunArguments), __doc__, argv
+    model_args, lora_args, memory_args, row_args, args = parse_arguments(
+        (ModelArguments, LoraArguments, MemoryArguments, RowArguments, RunArguments), __doc__, argv
     )
     count = rows_to_draw(args)
     memory_args.check_told(args.retrieval_weight, args.retrieval_layers)
     memory_args.check_told(args.recall_weight, args.recall_layers, "recall")
+    memory_args.check_adapted(lora_args.lora_r)
     row_args.check_batches(args)
     model_args.check()
     texts = read_texts(row_args.train_folder)
     set_seed(args.seed)
-    model, tokenizer = model_args.load()
+    model, tokenizer = model_args.load(**lora_args.loading_options())
     memory_args.prepare(model, tokenizer, texts)
     memory_args.rest(model)
     memory_args.close(model)
+    segment_length = infini_config_of(model.config).segment_length
+    model = lora_args.wrap(model)
     rows = MemoryRows(
         texts,
         tokenizer,
         count,
-        infini_config_of(model.config).segment_length,
+        segment_length,
         row_args,
         args.seed,
     )

@@ -4,6 +4,7 @@ import re
 
 import pytest
 import torch
+from peft import get_peft_model
 from transformers import AutoTokenizer
 from typer.testing import CliRunner
 
@@ -14,6 +15,7 @@ from infini_hf.cli import common
 from infini_hf.cli import main as main_module
 from infini_hf.cli import read as read_module
 from infini_hf.cli.main import app, main
+from infini_hf.lora import lora_config
 from infini_hf.snapshot import read_dtype, read_patch
 
 TEXT = "It was a cold morning, and the old lady had not yet come down to her breakfast. " * 30
@@ -66,6 +68,38 @@ def test_read_and_ask_are_prefill_and_generate(run, book, memory):
     ids = tokenizer("The old lady", return_tensors="pt")["input_ids"]
     expected = generate(model, ids, cache=InfiniCache.from_pretrained(memory, model=model), max_new_tokens=8)
     assert tokenizer.decode(expected[0]).strip() in answer.output
+
+
+def test_what_is_read_with_an_adapter_is_asked_with_it(run, book, memory, tmp_path):
+    options = {"infini_config": InfiniConfig(segment_length=64, overlap=8), "dtype": "float32"}
+    base = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama"), **options)
+    model = get_peft_model(base, lora_config(base, r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    with torch.no_grad():
+        for name, gates in model.named_parameters():
+            if "memory_gate" in name:
+                gates.fill_(0.3)
+    model.save_pretrained(tmp_path / "adapter")
+    merged = model.merge_and_unload().eval()
+    adapter = ["--adapter", tmp_path / "adapter"]
+    done = run("read", "tiny-llama", book, "--memory", memory, *adapter, *EXACT)
+    assert done.exit_code == 0
+    # Its gates are open.
+    assert "note" not in done.output
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama"))
+    cache = prefill(merged, tokenizer(TEXT, return_tensors="pt")["input_ids"])
+    assert_same_state(InfiniCache.from_pretrained(memory, model=merged), cache)
+    assert run("read", "tiny-llama", book, "--memory", memory, *adapter, *EXACT).output.startswith("book.txt: read")
+    question = ["ask", "tiny-llama", "The old lady", "--memory", memory, "--max-new-tokens", "8", *EXACT]
+    ids = tokenizer("The old lady", return_tensors="pt")["input_ids"]
+    expected = tokenizer.decode(generate(merged, ids, cache=cache, max_new_tokens=8)[0]).strip()
+    assert expected in run(*question, *adapter).output
+    # The base alone would read it as it was not written.
+    with pytest.raises(ValueError, match="other weights, gates or adapters"):
+        run(*question)
+    with pytest.raises(ValueError, match="was trained with 64, and an adapter brings its own patch"):
+        run("read", "tiny-llama", book, "--memory", tmp_path / "m", *adapter, "--segment-length", "32")
+    with pytest.raises(ValueError, match="adapter 'adaptor': there is no such folder"):
+        run(*question, "--adapter", "adaptor")
 
 
 def test_asking_leaves_the_snapshot_unless_told_to_save(run, book, memory):

@@ -124,6 +124,7 @@ def argument_classes(name):
         ),
         "finetune_memory": lambda: (
             ModelArguments,
+            LoraArguments,
             MemoryArguments,
             script(name).RowArguments,
             InfiniTrainingArguments,

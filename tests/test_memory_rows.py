@@ -1,6 +1,7 @@
 """Rows that teach a memory: what they hold, what counts, and who reads on where."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -55,6 +56,49 @@ def test_memory_rows_are_whole_segments_that_end_with_the_answers(tokenizer, fra
     groups = [set(lengths[start : start + 4]) for start in range(0, 40, 4)]
     assert all(len(group) == 1 for group in groups)
     assert len(set(lengths)) > 3
+
+
+@pytest.mark.parametrize("kind", [{"passkey_fraction": 1.0}, {"passkey_fraction": 0.0}, {"ruler_fraction": 1.0}])
+def test_where_an_answer_ends_counts_and_has_a_source(tokenizer, kind):
+    style = MemoryRowStyle(least_segments=10, most_segments=12, rows_alike=4, most_facts=3, **kind)
+    plain, marked = (MemoryRows([PROSE], tokenizer, 40, 64, replace(style, mark_ends=ends)) for ends in (False, True))
+    for index in range(40):
+        before, after = plain[index], marked[index]
+        assert torch.equal(before["input_ids"], after["input_ids"])
+        more = (after["loss_weights"] > 1) & (before["loss_weights"] == 1)
+        # One for each answer, after its last token.
+        assert torch.equal(more[1:], (before["loss_weights"][:-1] > 1) & (before["loss_weights"][1:] == 1))
+        assert {tokenizer.decode([token]) for token in after["input_ids"][more]} == {"."}
+        assert torch.equal(after["sources"][more], before["sources"][more.roll(-1)] + 1)
+        assert (before["sources"][more] == -1).all()
+        assert (after["loss_weights"] - 1).sum() == pytest.approx(style.answer_weight * len(more), rel=1e-4)
+
+
+@pytest.mark.parametrize("words", [0.0, 1.0])
+def test_rows_in_the_sentences_of_ruler_are_answered_where_they_were_stated(tokenizer, words):
+    style = MemoryRowStyle(
+        least_segments=10, most_segments=12, ruler_fraction=1.0, ruler_word_fraction=words, rows_alike=4, most_facts=3
+    )
+    rows, alone = MemoryRows([PROSE], tokenizer, 40, 64, replace(style, dilute_named=False)), 0
+    for index in range(40):
+        row = rows[index]
+        text, answers = tokenizer.decode(row["input_ids"]), row["loss_weights"] > 1
+        values = "words" if words else "numbers"
+        stated = re.findall(rf"One of the special magic {values} for ([a-z-]+) is: ([a-z0-9-]+)\.", text)
+        asked = re.findall(rf"The special magic {values[:-1]} for ([a-z-]+) is ([a-z0-9-]+)\.", text)
+        assert asked
+        assert sorted(stated) == sorted(asked)
+        assert not any(is_test_key(key) or is_test_key(value) for key, value in stated)
+        # Each token of an answer is the token that is told to be its source.
+        sources = row["sources"][answers]
+        assert (sources >= 0).all()
+        assert torch.equal(row["input_ids"][answers], row["input_ids"][sources])
+        # One alone is what a long stream has; several would drown each other.
+        assert row["dilute"] == (len(stated) == 1)
+        alone += len(stated) == 1
+        if not words:
+            assert all(5 <= len(value) <= style.most_digits for _, value in stated)
+    assert 0 < alone < 40
 
 
 @pytest.mark.parametrize("first", [1.0, 4.0])

@@ -17,6 +17,7 @@ from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
 from infini_hf.gate import MemoryGate
+from infini_hf.lora import load_adapter
 from infini_hf.snapshot import fingerprint
 
 ROOT = Path(__file__).parent.parent
@@ -151,6 +152,28 @@ def test_the_memory_alone_learns(novels, tmp_path):
         ValueError, match="memory_only=True with closed_memory=True: the gates would rest with all else"
     ):
         MemoryArguments(memory_only=True, closed_memory=True)
+
+
+def test_an_adapter_learns_from_the_rows_and_the_rest_of_the_model_rests(novels, tmp_path):
+    options = ["--model", "tiny-llama-infini", "--train_folder", str(novels), "--output_dir", str(tmp_path)]
+    small = ["--max_steps", "2", "--per_device_train_batch_size", "2", "--rows_alike", "2", "--novel_lanes", "0"]
+    rest = ["--disable_tqdm", "true", "--warmup_steps", "0", "--calibration_tokens", "0", "--carry_memory", "false"]
+    told = ["--retrieval_weight", "1", "--retrieval_layers", "2", "3", "--ruler_fraction", "1", "--lora_r", "2"]
+    segments = ["--least_segments", "8", "--most_segments", "10", "--recompute_segments", "false"]
+    given = ["--config", str(STAGE), *options, *small, *rest, *told, *segments]
+    script("finetune_memory").main(given)
+    base = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama-infini"), dtype="float32")
+    before = {name: weight.clone() for name, weight in base.state_dict().items()}
+    merged = load_adapter(base, tmp_path / "final").merge_and_unload().state_dict()
+    moved = {name for name, weight in before.items() if not torch.equal(weight, merged[name])}
+    learn = {name for name in before if "memory_gate" in name and "shift" not in name}
+    adapted = {f"model.layers.{i}.self_attn.{kind}_proj.weight" for i in range(4) for kind in "qkvo"}
+    assert moved == learn | adapted
+    for name in ("closed_memory", "memory_only"):
+        with pytest.raises(ValueError, match=f"{name}=True with lora_r=2: beside adapters all weights rest"):
+            script("finetune_memory").main([*given, f"--{name}", "true", "--retrieval_weight", "0"])
+    with pytest.raises(ValueError, match="resting_layers=2 with lora_r=2: beside adapters all weights rest"):
+        MemoryArguments(resting_layers=2).check_adapted(2)
 
 
 def with_gates(folder, value, target):

@@ -10,7 +10,8 @@ from transformers import TextStreamer
 from ..cache import InfiniCache
 from ..snapshot import read_dtype, read_patch
 from ..streaming import generate
-from .common import DEVICE, DTYPE, MEMORY, MODEL, SEEDS, THREADS, encode, load, note_untrained
+from .common import ADAPTER, DEVICE, DTYPE, MEMORY, MODEL, SEEDS, THREADS, encode, load, note_untrained
+from .names import find_adapter
 
 
 def ask(
@@ -24,13 +25,18 @@ def ask(
     top_p: float = typer.Option(0.95, help="Nucleus sampling, when the temperature is not 0."),
     seed: int = typer.Option(0, **SEEDS, help="Seed of the sampling."),
     save: bool = typer.Option(False, "--save", help="Keep question and answer in the memory, for the next turn."),
+    adapter: str = ADAPTER,
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,
 ):
-    """Continue a saved memory with a prompt. The snapshot stays as it is, unless --save is given."""
+    """Continue a saved memory with a prompt. The snapshot stays as it is, unless --save is given.
+
+    A memory that was read with an adapter is asked with it.
+    """
+    folder = None if adapter is None else find_adapter(adapter)
     dtype = read_dtype(memory) if dtype == "auto" else dtype
-    language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads)
+    language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads, folder)
     cache = InfiniCache.from_pretrained(memory, model=language_model)
     note_untrained(language_model)
     torch.manual_seed(seed)

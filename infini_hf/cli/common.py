@@ -17,6 +17,7 @@ from .names import find_device, find_dtype, find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
+ADAPTER = typer.Option(None, help="LoRA adapter for the model, a folder or hub name; it has its own patch.")
 DTYPE = typer.Option("auto", help="Weights' dtype: auto (the memory's or checkpoint's), float32, bfloat16, float16.")
 DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by default.")
 THREADS = typer.Option(0, min=0, help="CPU threads; 0 takes the cores that are idle now, of torch's choice.")
@@ -27,7 +28,8 @@ SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 def load(model, infini_config, dtype, device, threads, adapter=None):
-    """A patched model in evaluation mode, with the folder of an adapter merged into it, and its tokenizer."""
+    """A patched model in evaluation mode, with an adapter merged into it, as [`find_adapter`] found it, and its
+    tokenizer."""
     torch.set_num_threads(threads or idle_threads())
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()

@@ -121,6 +121,19 @@ class MemoryArguments:
                 "where to read and never learn it; rest fewer layers, or tell those above"
             )
 
+    def check_adapted(self, lora_r):
+        """Refuse a LoRA of rank `lora_r` beside options that say what of the model itself learns.
+
+        Raises:
+            ValueError: names the option.
+        """
+        for name in ("closed_memory", "memory_only", "resting_layers"):
+            if lora_r and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} with lora_r={lora_r}: beside adapters all weights rest, and gates "
+                    f"and projections learn; leave {name} out, or lora_r"
+                )
+
     def check_mixed(self, model):
         """Refuse `mix_heads` for projections that the model has already, of the heads alone.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from huggingface_hub import constants
 
-from ..assets import resolve, shipped
+from ..assets import resolve, shipped, shipped_adapters
 
 # What a part of a data set is called, and no dataset of the hub.
 SPLITS = ("train", "validation", "test")
@@ -46,7 +46,7 @@ def find_model(name):
 
 
 def find_adapter(name):
-    """The folder of an adapter, or its name on the hub.
+    """The folder of an adapter, a shipped one's too, or its name on the hub.
 
     Raises:
         ValueError: when it can be neither.
@@ -55,9 +55,12 @@ def find_adapter(name):
     path = Path(name).expanduser()
     if path.exists():
         return checked_folder(path, name, "adapter_config.json", "adapter")
+    if name in shipped_adapters():
+        return resolve(name)
     if not is_hub_name(name):
+        near = did_you_mean(name, shipped_adapters()) or near_paths(path)
         raise ValueError(
-            f"adapter {name!r}: there is no such folder{near_paths(path)}; an adapter of the hub is named 'owner/name'"
+            f"adapter {name!r}: there is no such folder{near}; an adapter of the hub is named 'owner/name'"
         )
     return name
 

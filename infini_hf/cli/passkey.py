@@ -17,7 +17,7 @@ from ..evaluation.needles.streams import HAYSTACKS, STRADDLING, Cell, Haystacks
 from ..evaluation.needles.tables import CONTROLS
 from ..evaluation.outputs import check_output
 from .adapters import adapter_patch
-from .common import DEVICE, DTYPE, MODEL, SEEDS, THREADS, load
+from .common import ADAPTER, DEVICE, DTYPE, MODEL, SEEDS, THREADS, load
 from .names import find_adapter, find_model
 from .needle_options import parse_controls, parse_depths, parse_fillers, parse_lengths
 from .read import choose_patch
@@ -59,7 +59,7 @@ def passkey(
     sink_tokens: int = typer.Option(None, help="First tokens that stay visible, likewise."),
     memory_update: str = typer.Option(None, help="linear or delta, likewise."),
     feature_map: str = typer.Option(None, help="elu, exp or softmax, likewise."),
-    adapter: str = typer.Option(None, help="LoRA adapter for the model, a folder or hub name; it has its own patch."),
+    adapter: str = ADAPTER,
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,

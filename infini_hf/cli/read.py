@@ -12,8 +12,21 @@ from ..cache import InfiniCache
 from ..config import InfiniConfig
 from ..snapshot import FILE_NAME, read_dtype, read_patch
 from ..streaming import prefill
-from .common import DEVICE, DTYPE, MEMORY, MODEL, THREADS, encode, human_bytes, load, note_untrained, read_text
-from .names import check_target, find_model, loading
+from .adapters import adapter_patch
+from .common import (
+    ADAPTER,
+    DEVICE,
+    DTYPE,
+    MEMORY,
+    MODEL,
+    THREADS,
+    encode,
+    human_bytes,
+    load,
+    note_untrained,
+    read_text,
+)
+from .names import check_target, find_adapter, find_model, loading
 
 
 def read(
@@ -32,6 +45,7 @@ def read(
     feature_map: str = typer.Option(None, help="elu (default), exp or softmax, likewise."),
     chunk_size: int = typer.Option(2048, min=1, help="Tokens in one forward: speed and peak memory only."),
     save_every: int = typer.Option(262_144, min=1, help="Tokens between two writes of the snapshot."),
+    adapter: str = ADAPTER,
     dtype: str = DTYPE,
     device: str = DEVICE,
     threads: int = THREADS,
@@ -53,8 +67,10 @@ def read(
         "feature_map": feature_map,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    patch = choose_patch(model, asked, read_patch(memory) if resume else None)
-    language_model, tokenizer = load(model, patch, dtype, device, threads)
+    folder = None if adapter is None else find_adapter(adapter)
+    begun = read_patch(memory) if resume else None
+    patch = choose_patch(model, asked, begun) if folder is None else adapter_patch(folder, asked)
+    language_model, tokenizer = load(model, patch, dtype, device, threads, folder)
     note_untrained(language_model)
     cache = InfiniCache.from_pretrained(memory, model=language_model) if resume else InfiniCache(language_model.config)
     records = cache.notes.setdefault("files", [])

@@ -17,6 +17,10 @@ class MemoryRowStyle:
             named facts, all of them asked for.
         word_fraction (`float`, *optional*, defaults to `0.5`): share of the rows with named facts that hold words; the
             others hold keys.
+        ruler_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts that state them in the
+            sentences of RULER, of a pair of words each; every fourth such row has one fact alone.
+        ruler_word_fraction (`float`, *optional*, defaults to `0.5`): share of these whose values are pairs of words;
+            the others have numbers.
         most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row; in a short row, what it has
             room for.
         dilute_named (`bool`, *optional*, defaults to `True`): whether the writes of rows with named facts may be
@@ -43,6 +47,8 @@ class MemoryRowStyle:
         first_token_weight (`float`, *optional*, defaults to `1.0`): how often the first token of an answer counts
             beside each of the others, which can be found by what they follow, whoever is asked for; with 0 an only
             token counts all the same.
+        mark_ends (`bool`, *optional*, defaults to `False`): the full stop after an answer counts as its last token.
+            Keys of one length end where they always end; of several, where to stop has to be remembered too.
         novel_lanes (`int`, *optional*, defaults to `0`): of every `rows_alike` rows the first so many read on in a
             novel, where the last `rows_alike` rows left it; for `carry_memory`, batches of `rows_alike` rows, and
             `train_sampling_strategy="sequential"`.
@@ -55,6 +61,8 @@ class MemoryRowStyle:
     grass_fraction: float = 0.3
     passkey_fraction: float = 0.7
     word_fraction: float = 0.5
+    ruler_fraction: float = 0.0
+    ruler_word_fraction: float = 0.5
     most_facts: int = 4
     dilute_named: bool = True
     dense: bool = False
@@ -67,6 +75,7 @@ class MemoryRowStyle:
     rows_alike: int = 16
     answer_weight: float = 2.0
     first_token_weight: float = 1.0
+    mark_ends: bool = False
     novel_lanes: int = 0
     longest_reading: int = 65_536
 

@@ -6,9 +6,10 @@ import torch
 from .memory_row_style import MemoryRowStyle
 from .needles import GRASS, JOINERS, PASSKEY_HEADER, brief_fact, draw_numbers, facts_of_kind, passkey_fact
 from .needles import draw_key as draw_passkey
+from .ruler_tasks import ruler_facts
 
-# Tokens that a named fact with its question and some filler take, and a brief one.
-FACT_ROOM, BRIEF_ROOM = 72, 26
+# Tokens that a named fact with its question and some filler take, a brief one, and one in the sentence of RULER.
+FACT_ROOM, BRIEF_ROOM, RULER_ROOM = 72, 26, 90
 
 
 class MemoryRows(torch.utils.data.Dataset):
@@ -104,20 +105,28 @@ class MemoryRows(torch.utils.data.Dataset):
 
     def _draw_facts(self, rng, length):
         style = self.style
+        # Without the option nothing is drawn for it: rows of older recipes stay what they were.
+        if style.ruler_fraction and rng.random() < style.ruler_fraction:
+            count = 1 if rng.random() < 0.25 else self._fact_count(rng, length, RULER_ROOM)
+            values = "words" if rng.random() < style.ruler_word_fraction else "numbers"
+            return ruler_facts(rng, count, values, style.most_digits)
         if rng.random() < style.passkey_fraction:
             # Mostly the five digits of the benchmark.
             digits = 5 if rng.random() < 0.7 else int(rng.integers(5, style.most_digits + 1))
             return [passkey_fact(draw_passkey(rng, digits))]
         brief = rng.random() < style.brief_fraction
-        room = (BRIEF_ROOM if brief else FACT_ROOM) + style.most_gap // 2
-        most = max(1, min(style.most_facts, length // room))
-        count = most if style.dense else int(rng.integers(1, most + 1))
+        count = self._fact_count(rng, length, BRIEF_ROOM if brief else FACT_ROOM)
         kind = "word" if rng.random() < style.word_fraction else "key"
-        # Without the option nothing is drawn for it: rows of older recipes stay what they were.
+        # As above.
         alike = style.alike_fraction and kind == "key" and rng.random() < style.alike_fraction
         kinds = rng.choice(10, 2, replace=False) if alike else None
         facts = facts_of_kind(rng, kind, count, "train", style.most_digits, kinds, style.distinct_keys)
         return [brief_fact(fact) for fact in facts] if brief else facts
+
+    def _fact_count(self, rng, length, room):
+        """How many facts a row of `length` tokens holds, of which each takes `room`."""
+        most = max(1, min(self.style.most_facts, length // (room + self.style.most_gap // 2)))
+        return most if self.style.dense else int(rng.integers(1, most + 1))
 
     def _encode(self, text):
         ids = self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
@@ -129,7 +138,7 @@ class MemoryRows(torch.utils.data.Dataset):
         # The space before digits is a token of its own, and nothing that was remembered.
         space = int(len(answer) > 1 and answer[0] == self.space)
         marks = np.zeros(len(asked) + len(answer) + len(end))
-        marks[len(asked) + space : len(asked) + len(answer)] = 1.0
+        marks[len(asked) + space : len(asked) + len(answer) + self.style.mark_ends] = 1.0
         # An only token has no others to count beside, and must count.
         marks[len(asked) + space] = self.style.first_token_weight or float(len(answer) - space == 1)
         return np.concatenate([asked, answer, end]), marks

@@ -5,7 +5,7 @@ import uuid
 from dataclasses import dataclass
 
 from .needle_tasks import Question, Trial, check_digits, distinct
-from .needles import WORDS, draw_key, is_test_key
+from .needles import WORDS, Fact, draw_key, is_test_key
 
 # What is asked of the needles of a stream, and how many there are by default.
 KINDS = {"single": 1, "multikey": 4, "multivalue": 4, "multiquery": 4}
@@ -121,3 +121,24 @@ class RulerTask:
         before, after = r"(?<![\w-])(?<!\d[.,])", r"(?![\w-])(?![.,]\d)"
         found = sum(bool(re.search(f"{before}{re.escape(answer)}{after}", text)) for answer in answers)
         return text, found
+
+
+def ruler_facts(rng, count, values, most_digits, split="train"):
+    """`count` facts in the sentences of RULER, of distinct keys, each with a prompt of its own: for training rows.
+
+    Args:
+        rng (`numpy.random.Generator`): the source of every draw.
+        count (`int`): how many.
+        values (`str`): `"numbers"`, of five to `most_digits` digits, or `"words"`.
+        most_digits (`int`): of the longest number.
+        split (`str`, *optional*, defaults to `"train"`): the part that keys and values are drawn from.
+
+    Returns:
+        `list[Fact]`: of a name each, the key, but where there is one alone.
+    """
+    task = RulerTask("multikey", needles=count, values=values)
+    facts = []
+    for key in draw_values(rng, count, task.keys, most_digits, split):
+        value = draw_value(rng, values, int(rng.integers(5, most_digits + 1)), split)
+        facts.append(Fact(task.sentence(key, value), task.question([key], 1), value, key if count > 1 else ""))
+    return facts
