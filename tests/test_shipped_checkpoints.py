@@ -1,4 +1,7 @@
-"""The checkpoints that ship with a trained memory answer the passkey prompt in every way that people type it."""
+"""What ships with a trained memory answers.
+
+The checkpoints, to the passkey prompt in every way that people type it; the adapter, to what they cannot answer.
+"""
 
 import functools
 
@@ -7,9 +10,12 @@ import pytest
 from transformers import AutoTokenizer
 
 from infini_hf import AutoInfiniModelForCausalLM, generate, prefill
-from infini_hf.assets import resolve, shipped
+from infini_hf.assets import resolve, shipped, shipped_adapters
+from infini_hf.cli.names import find_adapter, find_model
 from infini_hf.data.needles import GRASS, PASSKEY_HEADER, draw_key, passkey_fact
+from infini_hf.data.ruler_tasks import ruler_facts
 from infini_hf.evaluation.controls import closed_memory
+from infini_hf.lora import load_adapter
 
 # Between the needle and its filler, between sentences of filler, and where the filler is cut.
 SPELLINGS = {
@@ -51,3 +57,46 @@ def test_the_prompt_is_answered_as_it_is_typed(name, spelling):
     assert answer().strip()[:5] == fact.answer
     with closed_memory(model):
         assert fact.answer not in answer()
+
+
+@functools.cache
+def adapted_model():
+    return load_adapter(resolve("tiny-llama-infini"), resolve("tiny-llama-ruler"), dtype="float32").eval()
+
+
+def rare_fact(kind):
+    """A fact unlike those that the checkpoint was trained on."""
+    rng = np.random.default_rng(4)
+    if kind == "ruler":
+        return ruler_facts(rng, 1, "numbers", 5, "test")[0]
+    return passkey_fact(draw_key(rng, kind, "test"))
+
+
+@pytest.mark.parametrize("kind", [6, 8, "ruler"])
+def test_the_adapter_finds_what_the_checkpoint_was_not_trained_on(kind):
+    model, tokenizer = shipped_model("tiny-llama-infini")
+    fact = rare_fact(kind)
+    ids, question = (
+        tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        for words in (f"{fact.statement} {' '.join([GRASS] * 60)}", f" {fact.prompt}")
+    )
+
+    def answer(model):
+        out = generate(model, question, cache=prefill(model, ids), max_new_tokens=11)
+        return tokenizer.decode(out[0, question.shape[1] :]).split(".")[0].strip()
+
+    adapted = adapted_model()
+    assert answer(adapted) == fact.answer
+    assert answer(model) != fact.answer
+    with closed_memory(adapted):
+        assert answer(adapted) != fact.answer
+
+
+def test_adapters_that_ship_are_found_by_name():
+    assert shipped_adapters() == ["tiny-llama-ruler"]
+    assert find_adapter("tiny-llama-ruler") == resolve("tiny-llama-ruler")
+    assert not set(shipped_adapters()) & set(shipped())
+    with pytest.raises(ValueError, match=r"adapter 'tiny-llama-rulr': .* \(did you mean tiny-llama-ruler\?\)"):
+        find_adapter("tiny-llama-rulr")
+    with pytest.raises(ValueError, match="model 'tiny-llama-ruler': is an adapter that ships; name its checkpoint"):
+        find_model("tiny-llama-ruler")

@@ -8,7 +8,7 @@ import typer
 from transformers import AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
-from ..assets import shipped
+from ..assets import shipped, shipped_adapters
 from ..auto import AutoInfiniModelForCausalLM
 from ..callbacks import gate_values
 from ..data.local_parts import read_utf8
@@ -17,7 +17,11 @@ from .names import find_device, find_dtype, find_file, find_model, loading
 
 MODEL = typer.Argument(help=f"A hub name, a folder, or a shipped checkpoint ({', '.join(shipped()) or 'none'}).")
 MEMORY = typer.Option(help="Folder of the memory snapshot.")
-ADAPTER = typer.Option(None, help="LoRA adapter for the model, a folder or hub name; it has its own patch.")
+ADAPTER = typer.Option(
+    None,
+    help=f"LoRA adapter for the model, which brings its own patch: a folder, a hub name, or a shipped one "
+    f"({', '.join(shipped_adapters()) or 'none'}).",
+)
 DTYPE = typer.Option("auto", help="Weights' dtype: auto (the memory's or checkpoint's), float32, bfloat16, float16.")
 DEVICE = typer.Option("", help="Device, such as cuda or cpu; the best one by default.")
 THREADS = typer.Option(0, min=0, help="CPU threads; 0 takes the cores that are idle now, of torch's choice.")

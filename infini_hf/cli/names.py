@@ -36,6 +36,10 @@ def find_model(name):
         return checked_folder(path, name, "config.json", "model")
     if name in shipped():
         return resolve(name)
+    if name in shipped_adapters():
+        raise ValueError(
+            f"model {name!r}: is an adapter that ships; name its checkpoint (see its card) and --adapter {name}"
+        )
     if not is_hub_name(name):
         near = did_you_mean(name, shipped()) or near_paths(path)
         raise ValueError(
