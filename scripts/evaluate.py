@@ -47,7 +47,8 @@ class EvaluationArguments:
 
     task: str = field(default="perplexity", metadata={"help": "perplexity or rouge"})
     adapter: str | None = field(
-        default=None, metadata={"help": "folder of a LoRA adapter, which is merged into the model for perplexity"}
+        default=None,
+        metadata={"help": "LoRA adapter, a folder or a name; merged into the model for perplexity"},
     )
     source: str | None = field(default=None, metadata={"help": "texts for perplexity: folder, file or hub dataset"})
     split: str | None = field(

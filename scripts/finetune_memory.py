@@ -5,9 +5,9 @@
 
 Exact gradients through the memory, memory dilution driven by the accuracy of the answers. A run resumes from the last
 whole checkpoint in its `output_dir` and leaves the model and its tokenizer in `OUTPUT_DIR/final`. With
-`--closed_memory true --retrieval_weight 0 --recall_weight 0` it makes the local-only control of any config: its
-rows, the gates at zero. With `lora_r` what learns is an adapter, with the memory's gates and projections, for
-`infini-hf passkey MODEL --adapter OUTPUT_DIR/final`.
+`--closed_memory true --retrieval_weight 0 --recall_weight 0` it makes the local-only control of any config without
+`lora_r`: its rows, the gates at zero. With `lora_r` what learns is an adapter, with the memory's gates and
+projections, for `infini-hf passkey MODEL --adapter OUTPUT_DIR/final`.
 """
 
 from dataclasses import dataclass, field

@@ -131,8 +131,12 @@ def of_training(stage, style):
     """Rows of a step, steps and the words for a stage of `scripts/finetune_memory.py`."""
     what = [
         f"dilution to {stage.get('memory_dilution', 1):,}",
-        f"passkeys in {style['passkey_fraction']:.0%} of the rows with facts",
+        f"passkeys in {style['passkey_fraction'] * (1 - style['ruler_fraction']):.0%} of the rows with facts",
     ]
+    if style["ruler_fraction"]:
+        what.append(f"facts in the sentences of RULER in {style['ruler_fraction']:.0%}")
+    if stage.get("lora_r"):
+        what.append(f"a LoRA of rank {stage['lora_r']}, the gates and the memory's projections alone learn")
     if stage.get("memory_projections"):
         what.append("projections of the memory's own")
     if stage.get("memory_only"):

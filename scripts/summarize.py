@@ -40,7 +40,7 @@ class SummaryArguments:
     split: str = field(default="test", metadata={"help": "split of source"})
     level: str | None = field(default=None, metadata={"help": "chapters or books, where the dataset has both"})
     limit: int | None = field(default=None, metadata={"help": "pairs to summarise, the first ones"})
-    adapter: str | None = field(default=None, metadata={"help": "folder of a LoRA adapter for the model"})
+    adapter: str | None = field(default=None, metadata={"help": "LoRA adapter for the model, a folder or a name"})
     closed: bool = field(default=False, metadata={"help": "close the memory: the control"})
     prompt: str = field(default=DEFAULT_PROMPT, metadata={"help": "words around the text, with {text} in its place"})
     max_text_tokens: int | None = field(default=500_000, metadata={"help": "cut texts after so many tokens"})

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from prose import PROSE
+from transformers import AutoTokenizer
 
+from infini_hf.assets import resolve
 from infini_hf.data.base_rows import train_tokenizer
 from infini_hf.data.collator import InfiniCollator
 from infini_hf.data.memory_row_style import MemoryRowStyle
-from infini_hf.data.memory_rows import MemoryRows
+from infini_hf.data.memory_rows import MemoryRows, sources_of
 from infini_hf.data.needles import (
     WORDS,
     brief_fact,
@@ -21,6 +23,7 @@ from infini_hf.data.needles import (
     named_word_fact,
     passkey_fact,
 )
+from infini_hf.data.ruler_tasks import ruler_facts
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +78,19 @@ def test_where_an_answer_ends_counts_and_has_a_source(tokenizer, kind):
 
 
 @pytest.mark.parametrize("words", [0.0, 1.0])
-def test_rows_in_the_sentences_of_ruler_are_answered_where_they_were_stated(tokenizer, words):
+def test_rows_in_the_sentences_of_ruler_are_answered_where_they_were_stated(words):
+    tokenizer = AutoTokenizer.from_pretrained(resolve("tiny-llama-infini"))
     style = MemoryRowStyle(
-        least_segments=10, most_segments=12, ruler_fraction=1.0, ruler_word_fraction=words, rows_alike=4, most_facts=3
+        least_segments=8,
+        most_segments=12,
+        ruler_fraction=1.0,
+        ruler_word_fraction=words,
+        rows_alike=4,
+        most_facts=8,
+        dense=True,
+        dilute_named=False,
     )
-    rows, alone = MemoryRows([PROSE], tokenizer, 40, 64, replace(style, dilute_named=False)), 0
+    rows, alone, lengths = MemoryRows([PROSE], tokenizer, 40, 64, style), 0, set()
     for index in range(40):
         row = rows[index]
         text, answers = tokenizer.decode(row["input_ids"]), row["loss_weights"] > 1
@@ -96,9 +107,34 @@ def test_rows_in_the_sentences_of_ruler_are_answered_where_they_were_stated(toke
         # One alone is what a long stream has; several would drown each other.
         assert row["dilute"] == (len(stated) == 1)
         alone += len(stated) == 1
-        if not words:
-            assert all(5 <= len(value) <= style.most_digits for _, value in stated)
-    assert 0 < alone < 40
+        lengths |= {len(value) for _, value in stated}
+    # A quarter; the others are dense.
+    assert 4 <= alone <= 18
+    if not words:
+        assert lengths == {5, 6, 7}
+
+
+@pytest.mark.parametrize("values", ["numbers", "words"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_facts_of_ruler_are_of_their_part_and_as_many_as_one_likes(values, split):
+    facts = ruler_facts(np.random.default_rng(0), 80, values, 6, split)
+    assert len({fact.name for fact in facts}) == 80
+    for fact in facts:
+        assert is_test_key(fact.name) == is_test_key(fact.answer) == (split == "test")
+        assert fact.statement == f"One of the special magic {values} for {fact.name} is: {fact.answer}."
+        assert fact.prompt.endswith(f" The special magic {values[:-1]} for {fact.name} is")
+    assert not ruler_facts(np.random.default_rng(0), 1, values, 6, split)[0].name
+
+
+def test_an_end_that_is_joined_to_what_follows_has_no_source():
+    """Tokenizers of Llama 3 have one token for a full stop and the line break after it."""
+    question, marks = np.array([7, 1, 2, 9]), np.array([0, 1.0, 1.0, 1.0])
+    body = np.array([5, 1, 2, 9, 5, 1, 2, 8])
+    assert sources_of(question, marks, body, 0, 4, end=1).tolist() == [-1, 1, 2, 3]
+    assert sources_of(question, marks, body, 4, 8, end=1).tolist() == [-1, 5, 6, -1]
+    assert sources_of(question, marks, body[:7], 4, 7, end=1).tolist() == [-1, 5, 6, -1]
+    # Without an end all that is marked is the answer.
+    assert sources_of(question, marks, body, 4, 8).tolist() == [-1, -1, -1, -1]
 
 
 @pytest.mark.parametrize("first", [1.0, 4.0])

@@ -98,5 +98,5 @@ def test_adapters_that_ship_are_found_by_name():
     assert not set(shipped_adapters()) & set(shipped())
     with pytest.raises(ValueError, match=r"adapter 'tiny-llama-rulr': .* \(did you mean tiny-llama-ruler\?\)"):
         find_adapter("tiny-llama-rulr")
-    with pytest.raises(ValueError, match="model 'tiny-llama-ruler': is an adapter that ships; name its checkpoint"):
+    with pytest.raises(ValueError, match="it is a shipped adapter, of tiny-llama-infini; name that one"):
         find_model("tiny-llama-ruler")

@@ -1,5 +1,7 @@
 """A LoRA adapter beside the model of a command: it brings its own patch."""
 
+import warnings
+
 from ..config import InfiniConfig
 
 
@@ -38,5 +40,8 @@ def load_adapted(name, folder, merge=False, **options):
     """
     from ..lora import load_adapter
 
-    model = load_adapter(name, folder, **options)
+    with warnings.catch_warnings():
+        # PEFT asks for a name that transformers has changed, which is nothing to a user.
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        model = load_adapter(name, folder, **options)
     return model.merge_and_unload() if merge else model

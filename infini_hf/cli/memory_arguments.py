@@ -130,8 +130,8 @@ class MemoryArguments:
         for name in ("closed_memory", "memory_only", "resting_layers"):
             if lora_r and getattr(self, name):
                 raise ValueError(
-                    f"{name}={getattr(self, name)} with lora_r={lora_r}: beside adapters all weights rest, and gates "
-                    f"and projections learn; leave {name} out, or lora_r"
+                    f"{name}={getattr(self, name)} with lora_r={lora_r}: beside adapters all weights rest, and "
+                    f"gates and projections learn; leave {name} out, or lora_r"
                 )
 
     def check_mixed(self, model):

@@ -1,6 +1,7 @@
 """What a user means by a name: one that is mistyped is refused at once, with those that come near."""
 
 import difflib
+import json
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -38,7 +39,8 @@ def find_model(name):
         return resolve(name)
     if name in shipped_adapters():
         raise ValueError(
-            f"model {name!r}: is an adapter that ships; name its checkpoint (see its card) and --adapter {name}"
+            f"model {name!r}: it is a shipped adapter, of {base_of(name)}; name that one, with --adapter {name} where "
+            "a command takes it"
         )
     if not is_hub_name(name):
         near = did_you_mean(name, shipped()) or near_paths(path)
@@ -63,10 +65,16 @@ def find_adapter(name):
         return resolve(name)
     if not is_hub_name(name):
         near = did_you_mean(name, shipped_adapters()) or near_paths(path)
+        near = ": it is a checkpoint, and no adapter" if name in shipped() else near
         raise ValueError(
             f"adapter {name!r}: there is no such folder{near}; an adapter of the hub is named 'owner/name'"
         )
     return name
+
+
+def base_of(name):
+    """The checkpoint that a shipped adapter is for."""
+    return json.loads((Path(resolve(name)) / "adapter_config.json").read_text("utf-8"))["base_model_name_or_path"]
 
 
 def find_dtype(name):

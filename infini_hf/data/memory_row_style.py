@@ -14,11 +14,11 @@ class MemoryRowStyle:
         most_segments (`int`, *optional*, defaults to `8`): segments of the longest row.
         grass_fraction (`float`, *optional*, defaults to `0.3`): share of rows in the benchmark's filler.
         passkey_fraction (`float`, *optional*, defaults to `0.7`): share of rows with one passkey; the others have
-            named facts, all of them asked for.
+            named facts, all of them asked for. Of the rows that `ruler_fraction` leaves.
         word_fraction (`float`, *optional*, defaults to `0.5`): share of the rows with named facts that hold words; the
             others hold keys.
         ruler_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts that state them in the
-            sentences of RULER, of a pair of words each; every fourth such row has one fact alone.
+            sentences of RULER, of a pair of words each, `most_facts` at most. In a quarter of them a fact is alone.
         ruler_word_fraction (`float`, *optional*, defaults to `0.5`): share of these whose values are pairs of words;
             the others have numbers.
         most_facts (`int`, *optional*, defaults to `4`): the most named facts in a row; in a short row, what it has
@@ -36,6 +36,7 @@ class MemoryRowStyle:
             find the next one by the last, whoever is asked for.
         distinct_keys (`bool`, *optional*, defaults to `False`): no two names of a row have the same key. Of two digits
             there are few keys: else every third row of twelve such facts has a name that another's key is right for.
+            (Facts in the sentences of RULER are drawn from many, and may share a value.)
         number_fraction (`float`, *optional*, defaults to `0.0`): share of the rows with facts whose filler holds a few
             numbers that nobody asks for, of four digits at most: a long stream of novels holds hundreds, a short row
             hardly any.
@@ -48,7 +49,8 @@ class MemoryRowStyle:
             beside each of the others, which can be found by what they follow, whoever is asked for; with 0 an only
             token counts all the same.
         mark_ends (`bool`, *optional*, defaults to `False`): the full stop after an answer counts as its last token.
-            Keys of one length end where they always end; of several, where to stop has to be remembered too.
+            Keys of one length end where they always end; of several, where to stop has to be remembered too. It
+            counts for the accuracy that drives memory dilution as other tokens of the answer do.
         novel_lanes (`int`, *optional*, defaults to `0`): of every `rows_alike` rows the first so many read on in a
             novel, where the last `rows_alike` rows left it; for `carry_memory`, batches of `rows_alike` rows, and
             `train_sampling_strategy="sequential"`.

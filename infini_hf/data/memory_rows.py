@@ -84,12 +84,13 @@ class MemoryRows(torch.utils.data.Dataset):
             over = sum(map(len, needles)) + lengths_of(questions) + sum(map(len, gaps)) - length
             questions[1:] = apart(questions[1:], gaps, max(0, over))
         body, places = self._haystack(rng, needles, joiner, length - lengths_of(questions))
+        end = len(self._encode(".")) * style.mark_ends
         ids = np.concatenate([body, *(ids for ids, _ in questions)])
         answers = np.concatenate([np.zeros(len(body)), *(answer for _, answer in questions)])
         weights = 1.0 + answers * style.answer_weight * len(ids) / answers.sum()
         sources = np.concatenate(
             [np.full(len(body), -1)]
-            + [sources_of(*question, body, *places[i]) for i, question in zip(order, questions, strict=True)]
+            + [sources_of(*question, body, *places[i], end) for i, question in zip(order, questions, strict=True)]
         )
         row = {**as_row(ids, weights), "sources": torch.from_numpy(sources)}
         if style.novel_lanes or not style.dilute_named:
@@ -117,7 +118,7 @@ class MemoryRows(torch.utils.data.Dataset):
         brief = rng.random() < style.brief_fraction
         count = self._fact_count(rng, length, BRIEF_ROOM if brief else FACT_ROOM)
         kind = "word" if rng.random() < style.word_fraction else "key"
-        # As above.
+        # Nor is anything drawn for this one.
         alike = style.alike_fraction and kind == "key" and rng.random() < style.alike_fraction
         kinds = rng.choice(10, 2, replace=False) if alike else None
         facts = facts_of_kind(rng, kind, count, "train", style.most_digits, kinds, style.distinct_keys)
@@ -138,7 +139,7 @@ class MemoryRows(torch.utils.data.Dataset):
         # The space before digits is a token of its own, and nothing that was remembered.
         space = int(len(answer) > 1 and answer[0] == self.space)
         marks = np.zeros(len(asked) + len(answer) + len(end))
-        marks[len(asked) + space : len(asked) + len(answer) + self.style.mark_ends] = 1.0
+        marks[len(asked) + space : len(asked) + len(answer) + len(end) * self.style.mark_ends] = 1.0
         # An only token has no others to count beside, and must count.
         marks[len(asked) + space] = self.style.first_token_weight or float(len(answer) - space == 1)
         return np.concatenate([asked, answer, end]), marks
@@ -208,7 +209,7 @@ def as_row(ids, weights):
     return {"input_ids": ids, "labels": ids.clone(), "loss_weights": torch.from_numpy(weights.astype(np.float32))}
 
 
-def sources_of(question, marks, body, begins, ends):
+def sources_of(question, marks, body, begins, ends, end=0):
     """Where each token of an answer first stands in `body[begins:ends]`, as columns of the body; -1 for all others.
 
     Args:
@@ -216,13 +217,19 @@ def sources_of(question, marks, body, begins, ends):
         marks (`numpy.ndarray`): above 0 at the answer.
         body (`numpy.ndarray`): ids of the haystack.
         begins, ends (`int`): where its fact is stated.
+        end (`int`, *optional*, defaults to `0`): so many marked tokens come after the answer. They have a source only
+            where it goes on with the same: a tokenizer may join a full stop to what follows it.
     """
-    sources, answer = np.full(len(question), -1, dtype=np.int64), question[marks > 0]
-    if len(answer) <= ends - begins:
-        windows = np.lib.stride_tricks.sliding_window_view(body[begins:ends], len(answer))
-        found = np.flatnonzero((windows == answer).all(1))
+    sources, columns = np.full(len(question), -1, dtype=np.int64), np.flatnonzero(marks > 0)
+    size = len(columns) - end
+    if size <= ends - begins:
+        windows = np.lib.stride_tricks.sliding_window_view(body[begins:ends], size)
+        found = np.flatnonzero((windows == question[columns[:size]]).all(1))
         if len(found):
-            sources[marks > 0] = begins + found[0] + np.arange(len(answer))
+            place = begins + found[0]
+            goes_on = np.array_equal(body[place + size : place + size + end], question[columns[size:]])
+            known = size + end * goes_on
+            sources[columns[:known]] = place + np.arange(known)
     return sources
 
 

@@ -134,9 +134,9 @@ def ruler_facts(rng, count, values, most_digits, split="train"):
         split (`str`, *optional*, defaults to `"train"`): the part that keys and values are drawn from.
 
     Returns:
-        `list[Fact]`: of a name each, the key, but where there is one alone.
+        `list[Fact]`: the key is the name of each; a fact that is alone has none.
     """
-    task = RulerTask("multikey", needles=count, values=values)
+    task = RulerTask("multikey", values=values)
     facts = []
     for key in draw_values(rng, count, task.keys, most_digits, split):
         value = draw_value(rng, values, int(rng.integers(5, most_digits + 1)), split)
