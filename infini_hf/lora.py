@@ -154,7 +154,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         check_gates(model, shapes, directory)
         make_room(model, shapes, undo)
         check_gate_parts(model, shapes, directory)
-        warn_of_base(model, config.base_sample, directory)
+        warn_of_base(model, config.base_sample, directory, config.base_model_name_or_path)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
         peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)

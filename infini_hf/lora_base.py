@@ -54,13 +54,14 @@ def values_of(weight):
     return [float(f"{value:.4g}") for value in flat[index.to(flat.device)].float().tolist()]
 
 
-def warn_of_base(model, sample, directory):
+def warn_of_base(model, sample, directory, name=None):
     """Say so where a base has other weights than the one that an adapter was trained on.
 
     Args:
         model (`PreTrainedModel`): the patched base, before the adapter is on it.
         sample (`dict[str, list[float]]`, *optional*): as [`sample_base`] made it of the other; `None` says nothing.
         directory (`str`): the folder of the adapter.
+        name (`str`, *optional*): what the other one was called.
     """
     own = sample_base(model)
     pairs = [pair for name in own.keys() & (sample or {}).keys() for pair in zip(own[name], sample[name], strict=True)]
@@ -68,8 +69,9 @@ def warn_of_base(model, sample, directory):
     if len(apart) > MOST_APART * len(pairs):
         logger.warning(
             "%s: the adapter was trained on other weights than those of this base (%d of %d values that were compared "
-            "differ): pass the base that it was trained on",
+            "differ): pass the base that it was trained on%s",
             directory,
             len(apart),
             len(pairs),
+            f", {name}" if name else "",
         )

@@ -237,7 +237,8 @@ def check_fingerprint(path, theirs, ours):
     if theirs["weights"] != ours["weights"]:
         raise ValueError(
             f"{path}: was written by other weights, gates or adapters of this model, or in another dtype: load the "
-            "ones that read the text (a LoRA switched off is another model), or read it again"
+            "ones that read the text (a LoRA switched off is another model; of a command, the same --adapter and "
+            "--dtype), or read it again"
         )
 
 

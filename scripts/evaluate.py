@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 from infini_hf.cache import infini_config_of
 from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
-from infini_hf.cli.names import find_device, find_file
+from infini_hf.cli.names import find_device, find_file, find_source
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.documents import check_count, load_documents
 from infini_hf.data.local_parts import held_out_split
@@ -140,7 +140,8 @@ def perplexity(model_args, args):
     if args.source is None:
         raise ValueError("source: name the texts to measure on")
     ways, control = args.parsed_ways(), args.parsed_control()
-    # A source that holds nothing out is refused before a model is loaded for it.
+    # What is not there, or holds nothing out, is refused before a model is loaded for it.
+    find_source(args.source, "source")
     args.split = args.split or held_out_split(args.source)
     device = find_device(args.device)
     model, tokenizer = model_args.load(args.adapter, merge=True)

@@ -272,6 +272,15 @@ def test_demo_refuses_a_file_for_its_memory_before_it_reads(run, book, monkeypat
         run("demo", "--memory", book)
 
 
+def test_demo_leaves_a_memory_that_is_there_alone(run, book, memory, monkeypatch):
+    run("read", "tiny-llama", book, "--memory", memory, *PATCH, *EXACT)
+    before = (memory / "memory.safetensors").read_bytes()
+    monkeypatch.setattr("infini_hf.cli.demo.load", None)
+    with pytest.raises(ValueError, match="holds a memory already, which the demo would replace; name another"):
+        run("demo", "--memory", memory)
+    assert (memory / "memory.safetensors").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     "options",
     [

@@ -17,6 +17,7 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.script_arguments import ModelArguments
 from infini_hf.data.documents import load_documents
+from infini_hf.data.memory_row_style import MemoryRowStyle
 from infini_hf.data.packing import pack_documents
 from infini_hf.gate import MemoryGate
 
@@ -174,3 +175,19 @@ def test_help_keeps_the_examples_and_shows_defaults_and_what_is_required(capsys)
     assert f"({', '.join(shipped())}) (required)" in " ".join(shown.split())
     assert "(default: auto)" in " ".join(shown.split())
     assert "default: None" not in shown
+
+
+def test_help_takes_what_docstrings_say_of_options_without_a_text(capsys):
+    @dataclasses.dataclass(frozen=True)
+    class Options(MemoryRowStyle):
+        """The rows: see there."""
+
+        depth: int = dataclasses.field(default=1, metadata={"help": "how deep"})
+
+    with pytest.raises(SystemExit):
+        parse_arguments((Options,), "", ["--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "how deep (default: 1)" in shown
+    # Of two lines, and the last of its docstring.
+    assert "the full stop after an answer counts as its last token. Keys of one length end where they always" in shown
+    assert "their lengths are log-uniform from the longest row on. (default: 65536)" in shown

@@ -350,6 +350,15 @@ def test_other_weights_than_those_that_it_was_trained_on_are_warned_of(other, tm
     assert str(folder) in said
 
 
+def test_the_base_that_it_was_trained_on_is_named(tmp_path, folder, caplog):
+    path = tmp_path / "named"
+    shutil.copytree(folder, path)
+    config = json.loads((path / "adapter_config.json").read_text())
+    (path / "adapter_config.json").write_text(json.dumps({**config, "base_model_name_or_path": "someone/base"}))
+    load_adapter(build(seed=1), path)
+    assert "pass the base that it was trained on, someone/base" in caplog.text
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_own_base_in_any_dtype_is_not_warned_of(dtype, tmp_path, folder, caplog):
     load_adapter(plain_base(tmp_path), folder, dtype=dtype)

@@ -393,6 +393,12 @@ def test_a_text_without_another_is_refused_before_any_is_read(tmp_path, monkeypa
     assert not read
 
 
+def test_texts_that_are_nowhere_are_refused_before_the_hub_is_asked(monkeypatch):
+    monkeypatch.setattr("infini_hf.cli.script_arguments.ModelArguments.load", None)
+    with pytest.raises(ValueError, match="source 'NOVELS/validation': there is no such file or folder"):
+        script().main(["--model", "tiny-llama", "--source", "NOVELS/validation"])
+
+
 def test_the_script_measures_the_part_that_was_held_out(tmp_path):
     for part, word in (("train", "rose"), ("validation", "fell")):
         (tmp_path / part).mkdir()

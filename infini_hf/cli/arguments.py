@@ -1,6 +1,8 @@
 """Arguments of the scripts: dataclasses filled from a YAML file, then from the command line, unknown keys refused."""
 
 import argparse
+import inspect
+import re
 from dataclasses import fields
 from pathlib import Path
 from typing import get_args, get_origin, get_type_hints
@@ -14,6 +16,8 @@ from .names import did_you_mean, find_file
 WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
 # A trainer takes a truth value for it too, whatever its annotation says.
 NAME_OR_BOOL = "resume_from_checkpoint"
+# An argument in a docstring, with the lines that go on.
+DOCUMENTED = re.compile(r"^    (\w+) \(`[^\n]*?\): ?(.*(?:\n {8,}.*)*)", re.MULTILINE)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -67,6 +71,7 @@ def parse_arguments(dataclass_types, description, argv=None):
     parser.add_argument(
         "--config", type=Path, default=None, help="a YAML file of these options; the command line wins"
     )
+    explain(parser, dataclass_types)
     known = {field.name for kind in dataclass_types for field in fields(kind) if field.init}
     if config.config is not None:
         values = read_yaml(config.config, known)
@@ -92,6 +97,16 @@ def parse_arguments(dataclass_types, description, argv=None):
         if hasattr(part, NAME_OR_BOOL):
             setattr(part, NAME_OR_BOOL, name_or_bool(getattr(part, NAME_OR_BOOL)))
     return filled
+
+
+def explain(parser, dataclass_types):
+    """Give options without a help text what the docstrings of their dataclasses say of them."""
+    said = {}
+    for kind in (base for dataclass_type in dataclass_types for base in dataclass_type.__mro__):
+        for name, text in DOCUMENTED.findall(inspect.cleandoc(kind.__dict__.get("__doc__") or "")):
+            said.setdefault(name, " ".join(text.split()).replace("`", "").replace("%", "%%"))
+    for action in parser._actions:
+        action.help = action.help or said.get(action.dest)
 
 
 def name_or_bool(value):

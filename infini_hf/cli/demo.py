@@ -15,6 +15,7 @@ from ..cache import InfiniCache, infini_config_of
 from ..data.needle_tasks import first_number
 from ..data.needles import GRASS, PASSKEY_HEADER, draw_key, passkey_fact
 from ..evaluation.needles.questions import ask_with
+from ..snapshot import FILE_NAME
 from ..streaming import prefill
 from .common import SEEDS, THREADS, encode, human_bytes, load, read_text
 from .names import check_target
@@ -43,6 +44,8 @@ def demo(
     console = Console()
     if memory:
         check_target(memory, "--memory ")
+        if (memory / FILE_NAME).is_file():
+            raise ValueError(f"--memory {memory}: holds a memory already, which the demo would replace; name another")
     language_model, tokenizer = load(model, None, "float32", "cpu", threads)
     key = key or draw_key(np.random.default_rng(seed), split="test")
     if not key.isdigit():

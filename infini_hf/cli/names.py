@@ -66,6 +66,7 @@ def find_adapter(name):
     if not is_hub_name(name):
         near = did_you_mean(name, shipped_adapters()) or near_paths(path)
         near = ": it is a checkpoint, and no adapter" if name in shipped() else near
+        near = near or f", and none of that name ships ({', '.join(shipped_adapters())} does)"
         raise ValueError(
             f"adapter {name!r}: there is no such folder{near}; an adapter of the hub is named 'owner/name'"
         )
