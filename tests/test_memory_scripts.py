@@ -423,6 +423,12 @@ def test_what_is_published_is_the_model_and_its_card_counts_the_samples(tmp_path
     assert torch.equal(*logits)
 
 
+def test_the_recipe_of_a_lora_says_what_its_rows_hold_and_what_learns():
+    lines = script("publish_memory").recipe([str(ROOT / "configs" / "lora" / "tiny_llama_ruler.yaml")])
+    # A fifth of those that are not in the sentences of RULER.
+    assert "passkeys in 10% of the rows with facts; facts in the sentences of RULER in 50%; a LoRA of rank 32" in lines
+
+
 @pytest.mark.parametrize("name", ["tiny-llama", "tiny-llama-facts", "tiny-llama-infini"])
 def test_every_config_that_a_card_names_is_there(name):
     card = (Path(resolve(name)) / "README.md").read_text(encoding="utf-8")

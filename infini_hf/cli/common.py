@@ -32,8 +32,7 @@ SEEDS = {"min": 0, "max": 2**63 - 1}
 
 
 def load(model, infini_config, dtype, device, threads, adapter=None):
-    """A patched model in evaluation mode, with an adapter merged into it, as [`find_adapter`] found it, and its
-    tokenizer."""
+    """A patched model in evaluation mode, merged with what `find_adapter` found where given, and its tokenizer."""
     torch.set_num_threads(threads or idle_threads())
     # The commands have progress of their own.
     transformers_logging.disable_progress_bar()
