@@ -81,6 +81,7 @@ def describe(trainer):
     return {
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
+        "adapters": adapters_of(trainer.model),
         "projection_sizes": projections_of(trainer.model),
         # Buffers that a model has or has not, which loading a state dict does not hold it to.
         "centered": sorted(name for name, _ in trainer.model.named_buffers() if name.endswith("_shift")),
@@ -100,6 +101,18 @@ def projections_of(model):
     """The sizes of the memory's own projections, by their names."""
     found = {name: module for name, module in model.named_modules() if isinstance(module, HeadProjection)}
     return {name: list(module.weight.shape) for name, module in found.items()}
+
+
+def adapters_of(model):
+    """The adapters of PEFT on a model, each in a few words, by their names."""
+    found = {}
+    for name, config in (getattr(model, "peft_config", None) or {}).items():
+        kind = str(getattr(config.peft_type, "value", config.peft_type))
+        targets = config.target_modules
+        layers = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+        rank = getattr(config, "r", None)
+        found[name] = f"{kind} of {layers}" if rank is None else f"{kind} of rank {rank} of {layers}"
+    return found
 
 
 def said(projections):
@@ -125,6 +138,13 @@ def check_resume(folder, trainer):
         raise ValueError(
             f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
             "resume, or load the weights and start a new run"
+        )
+    was, now = (side.get("adapters", ours["adapters"]) for side in (theirs, ours))
+    if was != now:
+        was, now = (" and ".join(side.values()) or "all weights, without an adapter" for side in (was, now))
+        raise ValueError(
+            f"{folder}: what was trained there is {was}, and here it is {now}: resume with the same, or start a new "
+            "run in another output_dir"
         )
     was, now = (side.get("projection_sizes", ours["projection_sizes"]) for side in (theirs, ours))
     if was != now:

@@ -24,6 +24,7 @@ from .auto import GATE, PROJECTIONS, SHIFTS, AutoInfiniModelForCausalLM, resolve
 from .cache import infini_config_of
 from .config import InfiniConfig
 from .lora_base import GATE_MODULE, sample_base, warn_of_base
+from .lora_targets import check_targets
 from .patching import is_patched, patch_model, unpatch_model
 from .streaming import require_patched
 
@@ -72,7 +73,7 @@ def lora_config(model, **lora_kwargs):
 
     Raises:
         TypeError: when `model` is no module, or `modules_to_save` is one name instead of a list.
-        ValueError: when the model is not patched.
+        ValueError: when the model is not patched, or has no layer of a name in `target_modules`.
 
     Example:
 
@@ -82,6 +83,7 @@ def lora_config(model, **lora_kwargs):
     """
     inner = require_patched(model)
     patch = infini_config_of(inner.config)
+    check_targets(inner, lora_kwargs.get("target_modules"))
     named = lora_kwargs.pop("modules_to_save", None) or ()
     if isinstance(named, str):
         raise TypeError(f"modules_to_save={named!r}: must be a list of names, as in [{named!r}]")
@@ -105,7 +107,7 @@ def add_lora(model, **lora_kwargs):
         `peft.PeftModel`
 
     Raises:
-        ValueError: when the model is not patched.
+        ValueError: as [`lora_config`] does.
     """
     config = lora_config(model, **lora_kwargs)
     if vars(model.config).get("quantization_config") is not None:

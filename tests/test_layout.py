@@ -28,7 +28,7 @@ ROWS = (
     "hooks",
     "patching",
     "auto",
-    "streaming lora_base",
+    "streaming lora_base lora_targets",
     "callbacks lora calibration distillation trainer_checks resuming shared_rows told_rows",
     "trainer evaluation projection_fit",
     "model_card",

@@ -108,6 +108,14 @@ def test_what_cannot_be_configured_is_refused():
         lora_config(build_patched(**PATCH), modules_to_save="lm_head")
 
 
+@pytest.mark.parametrize("names", [["q_proj", "q_prj"], {"q_prj"}, ["self_attn.q_prj"]])
+def test_a_layer_that_the_model_has_not_is_named_with_those_that_it_has(names):
+    model = build_patched(**PATCH)
+    with pytest.raises(ValueError, match=r"no layer called '[a-z._]*q_prj'; it has .*o_proj, q_proj, .*'all-linear'"):
+        lora_config(model, r=2, target_modules=names)
+    assert lora_config(model, target_modules=["self_attn.q_proj", "embed_tokens"]).r == 8
+
+
 def test_the_saved_configuration_comes_back_and_stock_peft_reads_it_too(folder):
     model = build_patched(**PATCH)
     assert json.loads((folder / CONFIG).read_text())["infini_attention"] == model.config.infini_attention

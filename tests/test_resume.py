@@ -17,6 +17,7 @@ from training import CARRY, OnStepEnd, assert_equal_tensors, make_trainer, tiny_
 from infini_hf.calibration import calibrate_memory
 from infini_hf.checkpoints import RECORD, is_whole, resolve_checkpoint
 from infini_hf.data.lane_order import lane_stream
+from infini_hf.lora import add_lora
 
 MEMORY = {"fresh": False, "carry": True}
 STEPS = 9
@@ -321,6 +322,28 @@ def test_a_checkpoint_of_a_memory_that_was_centered_otherwise_is_refused(tmp_pat
     with pytest.raises(ValueError, match=f"calibrated in {was} layers, that of the model in {now}: resume with"):
         run(not before).train(resume_from_checkpoint=True)
     assert run(before).train(resume_from_checkpoint=True).global_step == STEPS
+
+
+def adapted_run(folder, rank=None, targets=("q_proj",)):
+    model = tiny_model()
+    if rank is not None:
+        model = add_lora(model, r=rank, target_modules=list(targets))
+    return run_of(folder, False, model=model)
+
+
+@pytest.mark.parametrize("now", [{}, {"rank": 4}, {"rank": 2, "targets": ("q_proj", "v_proj")}])
+def test_a_checkpoint_of_another_adapter_is_refused_by_its_name(tmp_path, now):
+    adapted_run(tmp_path, 2).train()
+    here = f"LORA of rank {now['rank']} of {', '.join(now.get('targets', ['q_proj']))}" if now else "all weights"
+    with pytest.raises(ValueError, match=f"is LORA of rank 2 of q_proj, and here it is {here}.* another output_dir"):
+        adapted_run(tmp_path, **now).train(resume_from_checkpoint=True)
+    assert adapted_run(tmp_path, 2).train(resume_from_checkpoint=True).global_step == STEPS
+
+
+def test_a_checkpoint_of_all_weights_is_refused_for_an_adapter(tmp_path):
+    adapted_run(tmp_path).train()
+    with pytest.raises(ValueError, match=r"all weights, without an adapter, and here it is LORA of rank 2 of q_proj"):
+        adapted_run(tmp_path, 2).train(resume_from_checkpoint=True)
 
 
 def test_lanes_of_another_number_of_processes_are_refused(checkpoints):
