@@ -34,7 +34,7 @@ def ask(
 
     A memory that was read with an adapter is asked with it.
     """
-    folder = None if adapter is None else find_adapter(adapter)
+    folder = find_adapter(adapter)
     dtype = read_dtype(memory) if dtype == "auto" else dtype
     language_model, tokenizer = load(model, read_patch(memory), dtype, device, threads, folder)
     cache = InfiniCache.from_pretrained(memory, model=language_model)

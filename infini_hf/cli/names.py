@@ -52,11 +52,13 @@ def find_model(name):
 
 
 def find_adapter(name):
-    """The folder of an adapter, a shipped one's too, or its name on the hub.
+    """The folder of an adapter, a shipped one's too, or its name on the hub; `None` where none is asked for.
 
     Raises:
         ValueError: when it can be neither.
     """
+    if name is None:
+        return None
     name = str(name)
     path = Path(name).expanduser()
     if path.exists():

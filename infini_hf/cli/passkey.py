@@ -93,7 +93,7 @@ def passkey(
     ways = parse_controls(controls)
     texts = read_texts(haystack) if haystack else ()
     asked = {name: value for name, value in asked.items() if value is not None}
-    folder = None if adapter is None else find_adapter(adapter)
+    folder = find_adapter(adapter)
     patch = patch_of(model, asked) if folder is None else adapter_patch(folder, asked)
     language_model, tokenizer = load(model, patch, dtype, device, threads, folder)
     haystacks = Haystacks(tokenizer, patch.segment_length, chosen, texts, seed)

@@ -67,7 +67,7 @@ def read(
         "feature_map": feature_map,
     }
     asked = {name: value for name, value in asked.items() if value is not None}
-    folder = None if adapter is None else find_adapter(adapter)
+    folder = find_adapter(adapter)
     begun = read_patch(memory) if resume else None
     patch = choose_patch(model, asked, begun) if folder is None else adapter_patch(folder, asked)
     language_model, tokenizer = load(model, patch, dtype, device, threads, folder)

@@ -125,7 +125,7 @@ class ModelArguments:
             merge (`bool`, *optional*, defaults to `False`): work the adapter into the weights.
             options: what `from_pretrained` takes.
         """
-        folder = None if adapter is None else find_adapter(adapter)
+        folder = find_adapter(adapter)
         name = self.check(folder)
         if self.threads < 0:
             raise ValueError(f"threads={self.threads}: must be at least 1, or 0 for torch's choice")
