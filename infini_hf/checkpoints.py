@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 NAME = re.compile(PREFIX_CHECKPOINT_DIR + r"-(\d+)")
 RECORD = "infini_training.json"
+# What an adapter computes with its tensors, and which tensors it has.
+ADAPTER_OPTIONS = "r lora_alpha use_rslora use_dora bias rank_pattern alpha_pattern".split()
 
 
 def is_whole(folder):
@@ -70,10 +72,11 @@ def disown(output_dir, step):
     (Path(output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / TRAINER_STATE_NAME).unlink(missing_ok=True)
 
 
-def record_run(folder, trainer):
-    """Note beside a checkpoint what its continuation must have in common with it."""
+def record_run(folder, trainer, **more):
+    """Note beside a checkpoint what its continuation must have in common with it, and what else is given."""
     Path(folder).mkdir(parents=True, exist_ok=True)
-    (Path(folder) / RECORD).write_text(json.dumps(describe(trainer), indent=2) + "\n", encoding="utf-8")
+    record = {**describe(trainer), **more}
+    (Path(folder) / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
 def describe(trainer):
@@ -110,8 +113,8 @@ def adapters_of(model):
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         targets = config.target_modules
         layers = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
-        rank = getattr(config, "r", None)
-        found[name] = f"{kind} of {layers}" if rank is None else f"{kind} of rank {rank} of {layers}"
+        options = [f"{option}={vars(config)[option]}" for option in ADAPTER_OPTIONS if vars(config).get(option)]
+        found[name] = f"{kind} of {layers}" + (f" ({', '.join(options)})" if options else "")
     return found
 
 

@@ -63,15 +63,48 @@ def warn_of_base(model, sample, directory, name=None):
         directory (`str`): the folder of the adapter.
         name (`str`, *optional*): what the other one was called.
     """
-    own = sample_base(model)
-    pairs = [pair for name in own.keys() & (sample or {}).keys() for pair in zip(own[name], sample[name], strict=True)]
-    apart = [a for a, b in pairs if abs(a - b) > TINY + ROUNDING * max(abs(a), abs(b))]
-    if len(apart) > MOST_APART * len(pairs):
+    apart = apart_of(sample_base(model), sample)
+    if apart:
+        hint = f", {name}" if name else ""
         logger.warning(
-            "%s: the adapter was trained on other weights than those of this base (%d of %d values that were compared "
-            "differ): pass the base that it was trained on%s",
+            "%s: the adapter was trained on other weights than those of this base (%s): pass the base that it was "
+            "trained on%s",
             directory,
-            len(apart),
-            len(pairs),
-            f", {name}" if name else "",
+            apart,
+            hint,
         )
+
+
+def apart_of(own, sample):
+    """How far two samples of a base, or `None` for one that was not taken, are apart, in words; else nothing."""
+    own, sample = own or {}, sample or {}
+    pairs = [pair for name in own.keys() & sample.keys() for pair in zip(own[name], sample[name], strict=True)]
+    apart = [a for a, b in pairs if abs(a - b) > TINY + ROUNDING * max(abs(a), abs(b))]
+    several = len(apart) > MOST_APART * len(pairs)
+    return f"{len(apart)} of {len(pairs)} values that were compared differ" if several else ""
+
+
+def samples_of(model):
+    """The samples that the adapters of a model were begun with, by the names of the adapters."""
+    configs = getattr(model, "peft_config", None) or {}
+    return {name: vars(config).get("base_sample") for name, config in configs.items()}
+
+
+def check_same_base(folder, samples, model):
+    """Refuse to go on with the adapters of a checkpoint on another base.
+
+    Args:
+        folder (`str`): the checkpoint, to begin the error with.
+        samples (`dict`): what [`samples_of`] gave for the model of the checkpoint.
+        model (`PreTrainedModel` or `peft.PeftModel`): the model that goes on.
+
+    Raises:
+        ValueError: when an adapter was begun on other weights.
+    """
+    for name, own in samples_of(model).items():
+        apart = apart_of(own, samples.get(name))
+        if apart:
+            raise ValueError(
+                f"{folder}: its adapter is trained on other weights than those of this base ({apart}): resume with "
+                "the base that it began on, or start a new run in another output_dir"
+            )

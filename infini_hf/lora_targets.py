@@ -1,4 +1,4 @@
-"""Which layers a LoRA adapts: every name that is asked for has to be that of one."""
+"""Which layers a LoRA adapts: names that have to be those of layers, and two layers that share a weight."""
 
 import torch
 
@@ -23,4 +23,25 @@ def check_targets(model, names):
         raise ValueError(
             f"target_modules: the model has no layer called {', '.join(map(repr, absent))}; it has "
             f"{', '.join(sorted(linear))}, and 'all-linear' stands for all of them but the output layer"
+        )
+
+
+def check_mergeable(peft_model, directory):
+    """Refuse to merge an adapter of one of two layers that share a weight: it would change the other too.
+
+    Args:
+        peft_model (`peft.PeftModel`): the adapted model.
+        directory (`str`): the adapter's folder, to begin the error with.
+
+    Raises:
+        ValueError: names the layer.
+    """
+    model = peft_model.get_base_model()
+    ends = {"embed_tokens": model.get_input_embeddings(), "lm_head": model.get_output_embeddings()}
+    # What PEFT puts an adapter on keeps the layer under this name.
+    adapted = [name for name, layer in ends.items() if getattr(layer, "base_layer", None) is not None]
+    if adapted and model.config.tie_word_embeddings:
+        raise ValueError(
+            f"adapter {directory!r}: changes {' and '.join(adapted)}, and embed_tokens and lm_head of this model "
+            "share their weight, so that it cannot be merged as commands do; load it with infini_hf.lora.load_adapter"
         )

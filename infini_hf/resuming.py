@@ -5,6 +5,7 @@ from transformers import Trainer
 from transformers.trainer_utils import has_length
 
 from .checkpoints import check_resume, disown, record_run, resolve_checkpoint
+from .lora_base import check_same_base, samples_of
 from .streaming import require_patched
 
 
@@ -19,13 +20,15 @@ class ResumableTrainer(Trainer):
         """[`transformers.Trainer.train`]; `resume_from_checkpoint=True` takes the last checkpoint that is whole.
 
         Raises:
-            ValueError: when the checkpoint is incomplete, or belongs to another patch or another set of lanes.
+            ValueError: when the checkpoint is incomplete, or belongs to another patch, adapter, base of an
+                adapter or set of lanes.
         """
         resume_from_checkpoint = resolve_checkpoint(resume_from_checkpoint, self.args.output_dir)
         self.gates.start = self.resumed = None
         self.epoch_start = 0, 0, 0
         if resume_from_checkpoint is not None:
             record = check_resume(resume_from_checkpoint, self)
+            check_same_base(resume_from_checkpoint, record.get("base_samples", {}), self.model)
             self.gates.start = {int(index): torch.tensor(gates) for index, gates in record["gates_at_start"].items()}
             self.resumed = resume_from_checkpoint, record
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -93,6 +96,6 @@ class ResumableTrainer(Trainer):
         if self.args.carry_memory:
             self.lanes.save(self._lane_file(output_dir))
         if self.args.should_save:
-            record_run(output_dir, self)
+            record_run(output_dir, self, base_samples=samples_of(self.model))
         # The state file that makes a checkpoint whole comes after what every rank has to add.
         self.accelerator.wait_for_everyone()

@@ -58,6 +58,8 @@ def test_values_are_what_they_would_be_on_the_command_line(tmp_path):
     assert (args.save_strategy, args.eval_strategy) == ("no", "no")
     assert (args.retrieval_layers, args.learning_rate, args.max_steps) == ([1], 1e-4, 7)
     assert (args.run_name, args.bf16_full_eval, args.max_grad_norm) == ("2026", False, 1.0)
+    *_, nobody = parsed(tmp_path, "report_to: null")
+    assert nobody.report_to == []
     assert (args.bptt_segments, lora.lora_target_modules) == (None, ["q_proj"])
     (lists,) = parsed(tmp_path, "source: a\nways: memory\nlayers: 1", (Lists,))
     assert (lists.ways, lists.layers) == (["memory"], [1])
@@ -66,9 +68,10 @@ def test_values_are_what_they_would_be_on_the_command_line(tmp_path):
 
 
 def test_what_only_a_file_can_give_is_taken(tmp_path):
-    lines = "lr_scheduler_kwargs: {num_cycles: 2}\nreport_to: [none]\nresume_from_checkpoint: true"
-    *_, args = parsed(tmp_path, lines)
-    assert args.lr_scheduler_kwargs == {"num_cycles": 2}
+    lines = "lr_scheduler_kwargs: {num_cycles: 2, min_lr: 1e-6, name: 1e6x}\nreport_to: [none]"
+    *_, args = parsed(tmp_path, f"\ufeff{lines}\nresume_from_checkpoint: true")
+    # YAML 1.1 reads a number with an exponent and no point as a word.
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2, "min_lr": 1e-6, "name": "1e6x"}
     assert (args.report_to, args.resume_from_checkpoint) == ([], True)
 
 

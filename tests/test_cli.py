@@ -14,6 +14,7 @@ from infini_hf.cli import ask as ask_module
 from infini_hf.cli import common
 from infini_hf.cli import main as main_module
 from infini_hf.cli import read as read_module
+from infini_hf.cli.adapters import load_adapted
 from infini_hf.cli.main import app, main
 from infini_hf.lora import lora_config
 from infini_hf.snapshot import read_dtype, read_patch
@@ -100,6 +101,16 @@ def test_what_is_read_with_an_adapter_is_asked_with_it(run, book, memory, tmp_pa
         run("read", "tiny-llama", book, "--memory", tmp_path / "m", *adapter, "--segment-length", "32")
     with pytest.raises(ValueError, match="adapter 'adaptor': there is no such folder"):
         run(*question, "--adapter", "adaptor")
+
+
+@pytest.mark.parametrize("target", ["embed_tokens", "lm_head"])
+def test_an_adapter_of_a_shared_weight_is_not_merged(target, tmp_path):
+    base = AutoInfiniModelForCausalLM.from_pretrained(resolve("tiny-llama"), dtype="float32")
+    options = {"init_lora_weights": False, "target_modules": ["q_proj", target]}
+    get_peft_model(base, lora_config(base, r=2, **options)).save_pretrained(tmp_path)
+    assert load_adapted(resolve("tiny-llama"), str(tmp_path)).peft_config
+    with pytest.raises(ValueError, match=rf"adapter '.*': changes {target}, and embed_tokens and lm_head .* share"):
+        load_adapted(resolve("tiny-llama"), str(tmp_path), merge=True)
 
 
 def test_asking_leaves_the_snapshot_unless_told_to_save(run, book, memory):

@@ -127,5 +127,7 @@ def test_folders_without_books_and_books_too_short_are_refused(tmp_path, tokeniz
     (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
     with pytest.raises(ValueError, match=r"latin\.txt: is not UTF-8 text"):
         read_texts(tmp_path)
+    (tmp_path / "latin.txt").write_text("\ufeffcafé", encoding="utf-8")
+    assert read_texts(tmp_path) == ["café"]
     with pytest.raises(ValueError, match="row_length=4096: the books hold"):
         BaseRows(["A short one."], tokenizer, 10, 4096)

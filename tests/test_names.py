@@ -4,8 +4,9 @@ import pytest
 
 from infini_hf.assets import resolve
 from infini_hf.cli.common import load
-from infini_hf.cli.names import find_adapter, find_file, find_model, find_source
+from infini_hf.cli.names import check_target, find_adapter, find_file, find_model, find_source
 from infini_hf.cli.script_arguments import ModelArguments
+from infini_hf.evaluation.outputs import check_output
 
 
 @pytest.fixture
@@ -93,6 +94,25 @@ def test_a_file_that_is_nowhere_is_refused_with_what_comes_near(runs):
         find_file("outputs/tiny-run/final/confg.json", "text")
     with pytest.raises(ValueError, match="--config outputs: is a folder"):
         find_file("outputs", "--config")
+
+
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(runs, monkeypatch):
+    file = "outputs/tiny-run/final/config.json"
+    for place in ("new", "outputs/new/memory", "outputs", runs / "memory"):
+        check_target(place, "--memory ")
+    with pytest.raises(ValueError, match=rf"--memory {file}: is a file; name a folder"):
+        check_target(file, "--memory ")
+    with pytest.raises(ValueError, match=rf"--memory {file}/memory: .*/config\.json is no folder; name a folder else"):
+        check_target(f"{file}/memory", "--memory ")
+    check_output("outputs/new/samples.jsonl")
+    with pytest.raises(ValueError, match=r"output='outputs/.*': '.*/config\.json' is no folder; name a file else"):
+        check_output(f"{file}/samples.jsonl")
+    # Who may do everything may write there all the same.
+    monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("outputs"))
+    with pytest.raises(ValueError, match=r"--memory outputs/new/memory: .*/outputs may not be written; name a folder"):
+        check_target("outputs/new/memory", "--memory ")
+    with pytest.raises(ValueError, match=r"output='outputs/new': '.*/outputs' may not be written; name a file else"):
+        check_output("outputs/new")
 
 
 @pytest.mark.parametrize("way", ["command", "script"])

@@ -324,26 +324,45 @@ def test_a_checkpoint_of_a_memory_that_was_centered_otherwise_is_refused(tmp_pat
     assert run(before).train(resume_from_checkpoint=True).global_step == STEPS
 
 
-def adapted_run(folder, rank=None, targets=("q_proj",)):
+def adapted_run(folder, scale=1.0, **options):
     model = tiny_model()
-    if rank is not None:
-        model = add_lora(model, r=rank, target_modules=list(targets))
+    with torch.no_grad():
+        for weight in model.get_decoder().layers[1].parameters():
+            weight.mul_(scale)
+    if options:
+        model = add_lora(model, target_modules=["q_proj"], **{"lora_alpha": 8, **options})
     return run_of(folder, False, model=model)
 
 
-@pytest.mark.parametrize("now", [{}, {"rank": 4}, {"rank": 2, "targets": ("q_proj", "v_proj")}])
-def test_a_checkpoint_of_another_adapter_is_refused_by_its_name(tmp_path, now):
-    adapted_run(tmp_path, 2).train()
-    here = f"LORA of rank {now['rank']} of {', '.join(now.get('targets', ['q_proj']))}" if now else "all weights"
-    with pytest.raises(ValueError, match=f"is LORA of rank 2 of q_proj, and here it is {here}.* another output_dir"):
-        adapted_run(tmp_path, **now).train(resume_from_checkpoint=True)
-    assert adapted_run(tmp_path, 2).train(resume_from_checkpoint=True).global_step == STEPS
+@pytest.mark.parametrize(
+    ("options", "here"),
+    [
+        ({}, "all weights, without an adapter"),
+        ({"r": 4}, r"LORA of q_proj \(r=4, lora_alpha=8, bias=none\)"),
+        ({"r": 2, "lora_alpha": 64}, r"LORA of q_proj \(r=2, lora_alpha=64, bias=none\)"),
+        ({"r": 2, "use_rslora": True}, r"LORA of q_proj \(r=2, lora_alpha=8, use_rslora=True, bias=none\)"),
+        ({"r": 2, "use_dora": True}, r"LORA of q_proj \(r=2, lora_alpha=8, use_dora=True, bias=none\)"),
+    ],
+    ids=["full", "rank", "alpha", "rslora", "dora"],
+)
+def test_a_checkpoint_of_another_adapter_is_refused_by_its_name(tmp_path, options, here):
+    adapted_run(tmp_path, r=2).train()
+    there = r"LORA of q_proj \(r=2, lora_alpha=8, bias=none\)"
+    with pytest.raises(ValueError, match=f"is {there}, and here it is {here}: .* another output_dir"):
+        adapted_run(tmp_path, **options).train(resume_from_checkpoint=True)
+    assert adapted_run(tmp_path, r=2).train(resume_from_checkpoint=True).global_step == STEPS
 
 
 def test_a_checkpoint_of_all_weights_is_refused_for_an_adapter(tmp_path):
     adapted_run(tmp_path).train()
-    with pytest.raises(ValueError, match=r"all weights, without an adapter, and here it is LORA of rank 2 of q_proj"):
-        adapted_run(tmp_path, 2).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match=r"all weights, without an adapter, and here it is LORA of q_proj \(r=2"):
+        adapted_run(tmp_path, r=2).train(resume_from_checkpoint=True)
+
+
+def test_an_adapter_does_not_go_on_with_another_base(tmp_path):
+    adapted_run(tmp_path, r=2).train()
+    with pytest.raises(ValueError, match=r"other weights than those of this base \(\d+ of \d+ .* began on"):
+        adapted_run(tmp_path, scale=0.5, r=2).train(resume_from_checkpoint=True)
 
 
 def test_lanes_of_another_number_of_processes_are_refused(checkpoints):

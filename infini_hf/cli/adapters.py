@@ -37,11 +37,18 @@ def load_adapted(name, folder, merge=False, **options):
         name, folder (`str`): what `find_model` and `find_adapter` return.
         merge (`bool`, *optional*, defaults to `False`): work the adapter into the weights.
         options: how the base is loaded.
+
+    Raises:
+        ValueError: when it is to be merged and changes one of two layers that share a weight.
     """
     from ..lora import load_adapter
+    from ..lora_targets import check_mergeable
 
     with warnings.catch_warnings():
         # PEFT asks for a name that transformers has changed, which is nothing to a user.
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         model = load_adapter(name, folder, **options)
-    return model.merge_and_unload() if merge else model
+    if not merge:
+        return model
+    check_mergeable(model, folder)
+    return model.merge_and_unload()

@@ -16,6 +16,10 @@ from .names import did_you_mean, find_file
 WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
 # A trainer takes a truth value for it too, whatever its annotation says.
 NAME_OR_BOOL = "resume_from_checkpoint"
+# A number as YAML 1.2 and everybody writes it, and YAML 1.1 reads as a word.
+POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
+# Where the trainer knows nothing by a word alone.
+NOTHING = {"report_to": "none"}
 # An argument in a docstring, with the lines that go on.
 DOCUMENTED = re.compile(r"^    (\w+) \(`[^\n]*?\): ?(.*(?:\n {8,}.*)*)", re.MULTILINE)
 
@@ -136,12 +140,14 @@ def as_typed(parser, name, value, hint):
     action = parser._option_string_actions[f"--{name}"]
     kinds = {get_origin(kind) or kind for kind in (hint, *get_args(hint))}
     several = action.nargs == "+"
+    if value is None and name in NOTHING:
+        return NOTHING[name]
     if value is None and parser.get_default(name) is not None and type(None) not in kinds:
         raise ValueError("null is no value of it; leave the option out for its default")
     if value is None or (isinstance(value, bool) and name == NAME_OR_BOOL):
         return value
     if type(value) in kinds & {bool, list, dict} and not several:
-        return value
+        return with_numbers(value)
     # Alone on the command line, as --fsdp is, it is true; a list of what it once took is left to the trainer.
     if action.nargs == "?" and isinstance(value, (bool, list)):
         return value
@@ -150,6 +156,15 @@ def as_typed(parser, name, value, hint):
     for part in parts:
         parser._check_value(action, part)
     return parts if several else parts[0]
+
+
+def with_numbers(value):
+    """A mapping, or a list, with the numbers that YAML took for words (1e-6, without a point)."""
+    if isinstance(value, dict):
+        return {key: with_numbers(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [with_numbers(part) for part in value]
+    return float(value) if isinstance(value, str) and POWER.fullmatch(value) else value
 
 
 def as_word(action, value):
@@ -186,7 +201,7 @@ def read_yaml(path, known):
         ValueError: when it is not there or cannot be read, or names the unknown keys and those that come nearest.
     """
     try:
-        values = yaml.safe_load(find_file(path, "--config").read_text(encoding="utf-8")) or {}
+        values = yaml.safe_load(find_file(path, "--config").read_text(encoding="utf-8-sig")) or {}
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ValueError(f"--config {path}: is not YAML: {error.problem} in line {line}") from error

@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import os
 import re
 from contextlib import contextmanager
 from pathlib import Path
@@ -145,18 +146,23 @@ def find_file(path, option):
 
 
 def check_target(path, option):
-    """Refuse a file where a folder is to be written, before anything is read.
+    """Refuse a place where no folder can be written, before anything is read.
 
     Args:
         path (`str` or `Path`): as the user gave it.
         option (`str`): what it was given for, to begin the error with, such as `"output_dir="`.
 
     Raises:
-        ValueError: when it is one.
+        ValueError: when it is a file, or lies in one or in a folder that may not be written.
     """
     target = Path(path)
     if target.exists() and not target.is_dir():
         raise ValueError(f"{option}{path}: is a file; name a folder, which is made if it is not there")
+    there = next(part for part in (target, *target.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise ValueError(f"{option}{path}: {there} is no folder; name a folder elsewhere")
+    if not os.access(there, os.W_OK):
+        raise ValueError(f"{option}{path}: {there} may not be written; name a folder elsewhere")
 
 
 def checked_folder(path, name, marker, what):

@@ -37,13 +37,13 @@ def held_out_split(source):
 
 
 def read_utf8(file):
-    """The text of a file.
+    """The text of a file, without the mark that editors of some systems put before it.
 
     Raises:
         ValueError: when it is not UTF-8.
     """
     try:
-        return Path(file).read_text(encoding="utf-8")
+        return Path(file).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{file}: is not UTF-8 text ({error}); convert it first") from error
 

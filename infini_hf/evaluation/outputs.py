@@ -1,5 +1,6 @@
 """Files that an evaluation writes under one name: which endings it takes, and what is looked at before it reads."""
 
+import os
 from pathlib import Path
 
 # Endings that give way to that of a file beside; what follows any other dot belongs to the name (llama-3.2).
@@ -20,13 +21,17 @@ def check_output(path, taken=()):
         taken (`tuple[str]`, *optional*): endings of the files that are written beside it.
 
     Raises:
-        ValueError: when it is a folder, lies in what is none, or would be overwritten by what is written beside it.
+        ValueError: when it is a folder, lies in what is none or may not be written, or would be overwritten by what
+            is written beside it.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"output={str(path)!r}: is a folder; name a file in it")
-    if (above := next((part for part in path.parents if part.exists()), None)) is not None and not above.is_dir():
+    above = next(part for part in path.absolute().parents if part.exists())
+    if not above.is_dir():
         raise ValueError(f"output={str(path)!r}: {str(above)!r} is no folder; name a file elsewhere")
+    if not os.access(above, os.W_OK):
+        raise ValueError(f"output={str(path)!r}: {str(above)!r} may not be written; name a file elsewhere")
     if path.suffix in taken:
         raise ValueError(
             f"output={str(path)!r}: a {path.suffix} file is written beside the output, and would take its place; "
