@@ -11,6 +11,7 @@ from .attention import PLAN, InfiniAttention, build_mask
 from .cache import InfiniCache, infini_config_of
 from .call_arguments import check_packing, check_positions, read_padding, read_scale
 from .families import family_of
+from .inner_padding import warn_of_inner_padding
 from .rope import window_tables
 from .segments import SegmentPlan
 from .static_attention import check_inference, is_step, step_arguments
@@ -172,25 +173,5 @@ def warn_of_positions(decoder, position, columns):
             "position %d: the sliding-window layers of %s keep global float32 positions, which are no longer exact at "
             "this length; the patched layers are not affected",
             position,
-            type(decoder).__name__,
-        )
-
-
-def warn_of_inner_padding(decoder, padding, columns, cache):
-    """Stock sliding layers count columns: padding between two tokens of a row takes places in their window.
-
-    `padding` is `(batch, held + columns)` bool, false at padding, or `None`. What stands right of a row's last token
-    does no harm.
-    """
-    if padding is None or bool(padding.all()):
-        return
-    seen = cache.seen if cache is not None and cache.seen else (0,) * padding.shape[0]
-    held = padding[:, : padding.shape[1] - columns].sum(1)
-    started = (torch.tensor(seen, device=padding.device) > held)[:, None] | (padding.long().cumsum(1) > 0)
-    inner = (started & ~padding).long().cumsum(1) > 0
-    if bool((inner & padding)[:, -columns:].any()):
-        logger.warning(
-            "padding between the tokens of a row: the layers of %s that the patch leaves stock count it in their "
-            "window, so such a row is not exactly the row alone; read rows of different length in caches of their own",
             type(decoder).__name__,
         )

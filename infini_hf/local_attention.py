@@ -5,6 +5,8 @@ other. SDPA's own causal mode aligns the mask with the first key, not the last, 
 builds a mask, which costs CPUs the causal half of the work and CUDA its flash kernel. Here the kernels get no mask.
 """
 
+from functools import reduce
+
 import torch
 from torch.nn import functional as F
 from torch.nn.attention.bias import causal_lower_right
@@ -118,6 +120,9 @@ def attend_window(queries, keys, values, scaling, plan, layout):
         queries, keys, values = queries.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
     if device.type == "cpu" and (layout.count >= SPLIT_QUERIES or Choice.mode == "always"):
         keys, values = (cut(parts, held) for parts in (keys, values))
+        # What is held may have been read under autocast, in a narrower dtype than what is new.
+        dtype = reduce(torch.promote_types, (part.dtype for part in (queries, *keys, *values)))
+        queries, keys, values = queries.to(dtype), [k.to(dtype) for k in keys], [v.to(dtype) for v in values]
         return SplitAttention.apply(queries, *keys, *values, scaling)
     keys, values = (torch.cat(parts, dim=2) if len(parts) > 1 else parts[0] for parts in (keys, values))
     if device.type == "cpu":

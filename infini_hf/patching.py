@@ -4,6 +4,7 @@ import contextlib
 import copy
 import logging
 from functools import partial
+from itertools import chain
 from types import MethodType
 
 import torch
@@ -196,7 +197,8 @@ def check_layer(attention, infini_class):
 
 def patch_layer(attention, infini_class, config):
     """Give one attention module its new class and its gate."""
-    weight = attention.q_proj.weight
+    # Packed weights of a quantised layer may have another name, and be buffers.
+    weight = next(chain(attention.q_proj.parameters(), attention.q_proj.buffers()))
     # Weights that accelerate keeps elsewhere are on the meta device between calls; the gate is no burden on the CPU.
     offloaded = weight.device.type == "meta" and "_hf_hook" in vars(attention.q_proj)
     heads = attention.config.num_attention_heads
@@ -229,6 +231,19 @@ def warn_of_window(model, config):
             trained,
             type(model).__name__,
         )
+    rope = model.config.rope_parameters or {}
+    for kind in (part for part in (rope, *rope.values()) if isinstance(part, dict)):
+        short = {"longrope": kind.get("original_max_position_embeddings"), "dynamic": trained}
+        first = short.get(kind.get("rope_type"))
+        if first is not None and config.longest_window > first:
+            logger.warning(
+                "rope_type=%s has other frequencies for inputs of more than %d tokens, and the local window of %d is "
+                "always read with those: shorter inputs are not the base model's; choose a window within %d tokens",
+                kind["rope_type"],
+                first,
+                config.longest_window,
+                first,
+            )
 
 
 def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):

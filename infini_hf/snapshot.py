@@ -6,6 +6,7 @@ import os
 import time
 import uuid
 import weakref
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -15,18 +16,12 @@ from safetensors.torch import save_file
 
 from .cache import infini_config_of, tensor_names
 from .config import InfiniConfig
+from .fingerprint import check_fingerprint, fingerprint
 from .layer_state import InfiniLayer
 from .version import __version__
 
 FILE_NAME = "memory.safetensors"
 FORMAT = "infini_hf memory snapshot 1"
-# What decides, beside the weights, what a decoder of the supported families computes.
-SHAPE = (
-    "attention_bias attn_logit_softcapping head_dim hidden_act hidden_activation hidden_size intermediate_size "
-    "layer_types max_position_embeddings mlp_bias num_attention_heads num_hidden_layers num_key_value_heads "
-    "query_pre_attn_scalar rms_norm_eps rope_parameters sliding_window vocab_size"
-).split()
-ITEMS_AT_ONCE = 2**22
 # Seconds after which a file that was never put in its place is nobody's.
 LEFT_OVER = 3600
 
@@ -189,7 +184,7 @@ def fill(cache, tensors, metadata, decoder):
     lengths = {int(index): length for index, length in json.loads(metadata["lengths"]).items()}
     for index, layer in enumerate(cache.layers):
         device = layer_device(decoder.layers[index])
-        state = {name: tensors[f"layers.{index}.{name}"].to(device) for name in ("keys", "values")}
+        state = {name: placed(tensors[f"layers.{index}.{name}"], device) for name in ("keys", "values")}
         layer.lazy_initialization(state["keys"], state["values"])
         layer.keys, layer.values = state["keys"], state["values"]
         if isinstance(layer, InfiniLayer):
@@ -204,82 +199,24 @@ def fill(cache, tensors, metadata, decoder):
     cache.reader = weakref.ref(decoder)
 
 
+def placed(tensor, device):
+    """A tensor on a device; an empty one of the file would share its place with the next, which torch.save refuses."""
+    return tensor.to(device) if tensor.numel() else torch.empty_like(tensor, device=device)
+
+
 def layer_device(layer):
     """Where a decoder layer computes, also when accelerate keeps its weights elsewhere."""
-    weight = layer.self_attn.q_proj.weight
-    if weight.device.type != "meta":
-        return weight.device
-    with align_module_device(layer.self_attn.q_proj):
-        return layer.self_attn.q_proj.weight.device
+    projection = layer.self_attn.q_proj
+    device = first_tensor(projection).device
+    if device.type != "meta":
+        return device
+    with align_module_device(projection):
+        return first_tensor(projection).device
 
 
-def fingerprint(decoder):
-    """What must be the same for a memory to make sense: `{"model", "patch", "weights"}`, each a text."""
-    config = decoder.config.to_dict()
-    patch = {key: value for key, value in config.get("infini_attention", {}).items() if key != "version"}
-    shape = {key: config[key] for key in SHAPE if key in config}
-    return {
-        "model": json.dumps({"model_type": config["model_type"], **shape}, sort_keys=True),
-        "patch": json.dumps(patch, sort_keys=True),
-        "weights": digest_weights(decoder),
-    }
-
-
-def check_fingerprint(path, theirs, ours):
-    """Raise a sentence on the first difference."""
-    if theirs["model"] != ours["model"]:
-        was, now = json.loads(theirs["model"]), json.loads(ours["model"])
-        changed = [key for key in sorted({*was, *now}) if was.get(key) != now.get(key)]
-        differences = ", ".join(f"{key} {was.get(key)} there and {now.get(key)} here" for key in changed)
-        raise ValueError(f"{path}: was written by another model ({differences})")
-    if theirs["patch"] != ours["patch"]:
-        raise ValueError(f"{path}: was written under another patch ({theirs['patch']}, this is {ours['patch']})")
-    if theirs["weights"] != ours["weights"]:
-        raise ValueError(
-            f"{path}: was written by other weights, gates or adapters of this model, or in another dtype: load the "
-            "ones that read the text (a LoRA switched off is another model; of a command, the same --adapter and "
-            "--dtype), or read it again"
-        )
-
-
-def digest_text(values):
-    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
-
-
-def digest_weights(decoder):
-    """A digest of every parameter and buffer and of which adapters act, computed where the weights are."""
-    lines = []
-    for name, module in decoder.named_modules():
-        # Frequencies that depend on the longest position met; the first ones stand beside them.
-        moving = any(kind in str(vars(module).get("rope_type")) for kind in ("dynamic", "longrope"))
-        with align_module_device(module):
-            # At first both may be one tensor.
-            buffers = module.named_buffers(recurse=False, remove_duplicate=not moving)
-            for part, tensor in [*module.named_parameters(recurse=False), *buffers]:
-                if moving and part.endswith("inv_freq") and "original" not in part:
-                    continue
-                lines.append((name, part, str(tensor.dtype), list(tensor.shape), digest_tensor(tensor.detach())))
-        state = vars(module)
-        if "merged_adapters" in state:
-            # An adapter of PEFT: the same weights are another model when it is switched off.
-            adapters = [state.get("_disable_adapters"), state.get("_active_adapter"), state["merged_adapters"]]
-            # What scales its product is no tensor.
-            adapters.append(sorted(state.get("scaling", {}).items()))
-            lines.append((name, *map(str, adapters)))
-    return digest_text(lines)
-
-
-def digest_tensor(tensor):
-    """A position-dependent sum of a tensor's bits, in wrapping 64-bit integers."""
-    data = tensor.contiguous().flatten().view(torch.uint8)
-    data = torch.nn.functional.pad(data, (0, -data.numel() % 8)).view(torch.int64)
-    total = 0
-    for start in range(0, data.numel(), ITEMS_AT_ONCE):
-        part = data[start : start + ITEMS_AT_ONCE]
-        odd = torch.arange(start, start + part.numel(), device=part.device) * 2 + 1
-        # The shift mixes high bits down, so that a sign that flips twice cannot cancel.
-        total += int(((part ^ (part >> 29)) * odd).sum())
-    return total % 2**64
+def first_tensor(module):
+    """A weight of a layer; packed ones of a quantised layer may have any name, and be buffers."""
+    return next(chain(module.parameters(), module.buffers()))
 
 
 def checksum(tensors, metadata):

@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from .cache import InfiniCache, infini_config_of
+from .inner_padding import warn_of_inner_padding
 from .inputs import input_device
 from .rope import window_tables
 from .static_layer import StaticInfiniLayer, StaticSlidingLayer
@@ -94,6 +95,10 @@ class StaticInfiniCache(InfiniCache):
                 static.layers[index].load(layer)
             else:
                 static.load_memory(index, layer)
+        if static.fresh and static.padding is not None:
+            # A step is compiled, and says nothing of what it reads beside.
+            known = static.known_padding
+            warn_of_inner_padding(decoder, torch.nn.functional.pad(known, (0, 1), value=True), 1, static)
         static.load_padding()
         return static
 

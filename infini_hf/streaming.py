@@ -169,7 +169,7 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
     Raises:
         ValueError: without tokens, with padding on the right, with a model that is not patched, or with
             `past_key_values` beside `cache`.
-        NotImplementedError: for assisted decoding, and as [`prefill`] does.
+        NotImplementedError: for assisted decoding, for `inputs_embeds`, and as [`prefill`] does.
     """
     inner = require_patched(model)
     cache = open_cache(inner, cache)
@@ -181,6 +181,11 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         )
     if kwargs.get("past_key_values") is not None:
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
+    if kwargs.get("inputs_embeds") is not None:
+        raise NotImplementedError(
+            "inputs_embeds: infini_hf.generate reads ids; pass embeddings to model.generate(inputs_embeds=..., "
+            "past_key_values=cache)"
+        )
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")
     options = GenerationOptions(inner, kwargs)

@@ -15,7 +15,7 @@ from infini_hf.cli.arguments import parse_arguments
 from infini_hf.cli.errors import run_script
 from infini_hf.cli.names import check_target
 from infini_hf.cli.script_arguments import ModelArguments
-from infini_hf.snapshot import fingerprint
+from infini_hf.fingerprint import fingerprint
 
 # What may differ: the weights are the same functions of what the local window holds.
 WINDOW = {"segment_length", "overlap", "sink_tokens"}

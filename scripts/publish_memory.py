@@ -26,7 +26,7 @@ from infini_hf.cli.names import find_file, find_model
 from infini_hf.data.memory_row_style import MemoryRowStyle
 from infini_hf.evaluation.needles.samples import SampleFile
 from infini_hf.evaluation.needles.tables import depth_table, result_table, token_table
-from infini_hf.snapshot import digest_weights
+from infini_hf.fingerprint import digest_weights
 
 # Segments of the stages before one that says how long they are.
 MISSING_LENGTH = 128

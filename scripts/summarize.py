@@ -27,7 +27,7 @@ from infini_hf.evaluation.outputs import check_output
 from infini_hf.evaluation.reader import reader_of
 from infini_hf.evaluation.summaries import PAPER_DECODING, summarize
 from infini_hf.evaluation.summary_file import SummaryFile
-from infini_hf.snapshot import digest_text
+from infini_hf.fingerprint import digest_text
 
 
 @dataclass

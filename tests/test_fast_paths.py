@@ -285,6 +285,22 @@ def test_attention_without_a_mask_in_half_precision_and_under_autocast(mode, dty
         assert relative_error(actual, expected) <= 8 * torch.finfo(dtype).eps
 
 
+def test_what_was_read_under_autocast_is_read_on_without_it():
+    """A run of one whole segment has held and new tokens in two parts, which meet in no other place."""
+    model, ids = build_patched("llama", "sdpa", **options(carry=(3, 2))), random_ids(1, 4 * SEGMENT)
+    logits = {}
+    for mode in ("always", "never"):
+        cache = InfiniCache(model.config)
+        with fast_paths(mode), torch.no_grad():
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                model(ids[:, : 2 * SEGMENT], past_key_values=cache)
+            assert cache.layers[0].keys.dtype == torch.bfloat16
+            logits[mode] = model(ids[:, 2 * SEGMENT : 3 * SEGMENT], past_key_values=cache).logits
+    assert logits["always"].dtype == torch.float32
+    # The states before it differ as bfloat16 rounds them.
+    assert relative_error(logits["always"], logits["never"]) <= 8 * torch.finfo(torch.bfloat16).eps
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("held", "count"), WINDOWS)

@@ -630,6 +630,15 @@ def test_a_config_that_training_left_without_cache_does_not_matter(llama):
     assert cache.seen == (expected.shape[1],) * 2
 
 
+def test_embeddings_beside_ids_are_refused(llama):
+    """The stock loop would take them for the last token alone, after ids that were read before."""
+    ids, cache = random_ids(1, 9), InfiniCache(llama.config)
+    embeddings = llama.get_input_embeddings()(random_ids(1, 9, seed=3)).detach()
+    with pytest.raises(NotImplementedError, match=r"inputs_embeds: .* reads ids; .*model\.generate\(inputs_embeds="):
+        generate(llama, ids, cache=cache, inputs_embeds=embeddings, max_new_tokens=2)
+    assert not cache.seen
+
+
 def test_two_caches_at_once_are_refused(llama):
     cache = InfiniCache(llama.config)
     with pytest.raises(ValueError, match="past_key_values beside cache"):

@@ -13,7 +13,7 @@ PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
     "version assets data heap memory dilution sharding output_head collectives fast_paths windows retrieval_losses",
-    "step_options",
+    "step_options fingerprint",
     "config segments inputs call_arguments segment_step training_args local_attention memory_read",
     "gate generation_options",
     "layer_state memory_maps parameter_groups",
@@ -22,7 +22,7 @@ ROWS = (
     "told_layers families lanes",
     "retrieval_supervision",
     "recall_supervision",
-    "rope static_layer layer_fit supervision",
+    "rope static_layer layer_fit supervision inner_padding",
     "static_cache",
     "static_attention",
     "hooks",

@@ -16,9 +16,9 @@ from infini_hf.assets import resolve
 from infini_hf.calibration import add_memory_projections, calibrate_memory
 from infini_hf.cli.memory_arguments import MemoryArguments
 from infini_hf.evaluation.needles.samples import Sample, SampleFile
+from infini_hf.fingerprint import fingerprint
 from infini_hf.gate import MemoryGate
 from infini_hf.lora import load_adapter
-from infini_hf.snapshot import fingerprint
 
 ROOT = Path(__file__).parent.parent
 STAGE = ROOT / "configs" / "pretrain" / "tiny_llama_infini_2_novels.yaml"

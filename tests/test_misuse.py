@@ -10,6 +10,7 @@ from models import build, build_patched, random_ids, relative_error
 from reading import read, read_whole
 
 from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, generate, patched, prefill, score
+from infini_hf.static_cache import StaticInfiniCache
 
 
 @pytest.fixture
@@ -133,3 +134,16 @@ def test_padding_inside_a_row_of_a_hybrid_is_said(caplog):
         assert "padding between the tokens of a row" not in caplog.text
         read(model, ids, mask=mask, cache=cache)
     assert "padding between the tokens of a row" in caplog.text
+
+
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_padding_inside_a_row_of_a_hybrid_is_said_before_steps_of_fixed_shapes(padding, caplog):
+    model, ids = build_patched("gemma3_text", segment_length=4), random_ids(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :3] = padding == "right"
+    mask[0, 6:] = padding == "left"
+    cache = prefill(model, ids, attention_mask=mask)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        StaticInfiniCache.from_cache(cache, model)
+    # A token of the next step stands after what is right of the row's last one.
+    assert ("padding between the tokens of a row" in caplog.text) == (padding == "right")

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import cpu_offload, dispatch_model
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_module
-from models import FAMILIES, HYBRID, build, build_patched, gate_parameters, open_gates, random_ids
+from models import FAMILIES, HYBRID, build, build_patched, gate_parameters, open_gates, random_ids, relative_error
 from peft import LoraConfig, get_peft_model
 from reading import assert_close, read, read_whole
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.models.llama.modeling_llama import LlamaAttention, LlamaForCausalLM
 
-from infini_hf import InfiniConfig, is_patched, patch_model, patched, unpatch_model
+from infini_hf import InfiniCache, InfiniConfig, is_patched, patch_model, patched, unpatch_model
 from infini_hf.attention import InfiniAttention
 
 SEGMENT = 8
@@ -104,6 +104,32 @@ def test_a_refused_patch_leaves_the_model_as_it_was(family):
     with pytest.raises(ValueError, match="layers"):
         patch_model(model, InfiniConfig(layers=[99]))
     assert_same_model(before, description(model))
+
+
+class Packed(torch.nn.Module):
+    """A projection whose weights are buffers of another name, as those of some quantised layers are."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.register_buffer("qweight", layer.weight.detach().clone())
+
+    def forward(self, states):
+        return states @ self.qweight.T
+
+
+def test_a_model_of_packed_weights_reads_and_is_kept(tmp_path):
+    packed, plain, ids = build(), build(), random_ids(2, 30)
+    for layer in packed.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            setattr(layer.self_attn, name, Packed(getattr(layer.self_attn, name)))
+    for model in (packed, plain):
+        open_gates(patch_model(model, CONFIG))
+    assert relative_error(read_whole(packed, ids), read_whole(plain, ids)) <= 1e-5
+    _, cache = read(packed, ids)
+    cache.save_pretrained(tmp_path)
+    loaded = InfiniCache.from_pretrained(tmp_path, model=packed)
+    for ours, theirs in zip(loaded.layers, cache.layers, strict=True):
+        assert torch.equal(ours.memory, theirs.memory)
 
 
 def test_a_patch_refused_at_a_later_layer_leaves_the_model_as_it_was():

@@ -1,11 +1,12 @@
 """Snapshots beside what moves in a model: frequencies that follow what was read, padding of a call that failed."""
 
 import copy
+import io
 
 import pytest
 import torch
 from models import build_patched, random_ids
-from reading import assert_close, read
+from reading import assert_close, assert_same_state, read
 
 from infini_hf import InfiniCache, prefill
 from infini_hf.evaluation.reader import reader_of
@@ -27,6 +28,20 @@ SCALED = {
 def make(rope, **changed):
     overrides = {"rope_parameters": {**SCALED[rope], **changed}, "max_position_embeddings": 32}
     return build_patched(overrides=overrides, segment_length=8)
+
+
+def test_a_cache_from_a_snapshot_can_be_pickled_where_its_window_is_empty(tmp_path):
+    """Tensors without elements share their place in the file with the next one."""
+    model, ids = build_patched("gemma3_text", segment_length=4), random_ids(4, 8)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    cache = prefill(model, ids, attention_mask=mask)
+    assert any(not layer.keys.numel() for layer in cache.infini_layers.values())
+    cache.save_pretrained(tmp_path)
+    file = io.BytesIO()
+    torch.save(InfiniCache.from_pretrained(tmp_path, model=model), file)
+    file.seek(0)
+    assert_same_state(torch.load(file, weights_only=False), cache)
 
 
 @pytest.mark.parametrize("rope", SCALED)

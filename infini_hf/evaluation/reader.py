@@ -2,7 +2,7 @@
 
 import json
 
-from ..snapshot import digest_weights, fingerprint
+from ..fingerprint import digest_weights, fingerprint
 from ..streaming import require_patched
 
 # Settings of generation that no evaluation gives itself, and that change what is said.
