@@ -1,7 +1,7 @@
 """All that the memory is told in training, beside the loss of the language model."""
 
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,10 +17,14 @@ class MemorySupervision:
     Args:
         retrieval ([`RetrievalSupervision`]): of rows whose answers have known sources.
         recall ([`RecallSupervision`]): of the other rows.
+        costs (`list[float]`): what both have added to the loss of each micro-batch of the step, on this rank.
+        noted (`list[float]`): what they have added to the loss of each step since a log.
     """
 
     retrieval: RetrievalSupervision
     recall: RecallSupervision
+    costs: list = field(default_factory=list)
+    noted: list = field(default_factory=list)
 
     @classmethod
     def from_args(cls, args):
@@ -61,17 +65,24 @@ class MemorySupervision:
 
     @property
     def shares(self):
-        """`torch.Tensor`: `(4,)` float32, of each part the sum of the shares and their number since `note`."""
-        return torch.cat([part.shares for part in self.parts])
+        """`torch.Tensor`: `(5,)` float32 since `note`: for each part the sum of shares and their number; the cost."""
+        return torch.cat([*(part.shares for part in self.parts), torch.tensor([sum(self.costs)])])
 
-    def note(self, shares):
-        """Count the shares of a step, of all ranks together, `(4,)`."""
-        for part, own in zip(self.parts, shares.split(2), strict=True):
+    def note(self, shares, ranks=1):
+        """Count what a step has shown, the sum over all ranks, `(5,)`, whose losses count as those of `ranks`."""
+        *parts, cost = shares.split(2)
+        for part, own in zip(self.parts, parts, strict=True):
             part.note(own)
+        self.noted.append(cost.item() / ranks)
+        self.costs.clear()
 
     def metrics(self):
-        """What is logged: the mean shares since this was last asked."""
-        return {name: share for part in self.parts for name, share in part.metrics().items()}
+        """What is logged since this was last asked: the mean shares, and what being told has added to the loss."""
+        found = {name: share for part in self.parts for name, share in part.metrics().items()}
+        if self.noted and any(part.weight for part in self.parts):
+            found["told_loss"] = sum(self.noted) / len(self.noted)
+        self.noted.clear()
+        return found
 
 
 @dataclass(frozen=True)

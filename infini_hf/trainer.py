@@ -202,12 +202,13 @@ class InfiniTrainer(ResumableTrainer):
         with self.supervision.reading(inner, input_ids, labels, sources, mask, cache.seen, scale, watch) as told:
             observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
             loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
-        loss = loss + told.loss / num_items
+        cost = told.loss / num_items
+        self.supervision.costs.append(float(cost))
         if self._logs_this_step():
             self.gates.note_memory(cache)
         if self.args.carry_memory:
             self.lanes.close(document, part, cache if self.shared_rows is None else cache.to_infini_cache())
-        return {"loss": loss}
+        return {"loss": loss + cost}
 
     def _write_scale(self, dilute, segments):
         """How many times the segments of a micro-batch are written, drawn for it alone; `None` for once."""
@@ -258,12 +259,13 @@ class InfiniTrainer(ResumableTrainer):
         # Every rank takes part, whether it met answers or not.
         counts = torch.stack([torch.zeros(2, dtype=torch.int64, device=self.args.device), *self.answers]).sum(0)
         self.dilution.note(*self.accelerator.gather(counts[None]).sum(0).tolist())
+        # A loss is that of the tokens of all ranks, or of each rank's own.
+        ranks = 1 if self.args.average_tokens_across_devices else self.args.world_size
         if self.distillation is not None:
             shares = torch.stack([torch.zeros((), device=self.args.device), *self.divergences]).sum(0)
-            # Of the tokens of all ranks, or of each rank's own.
-            ranks = 1 if self.args.average_tokens_across_devices else self.args.world_size
             self.distillation.note(self.accelerator.gather(shares[None]).sum().item() / ranks)
-        self.supervision.note(self.accelerator.gather(self.supervision.shares.to(self.args.device)[None]).sum(0))
+        told = self.supervision.shares.to(self.args.device)
+        self.supervision.note(self.accelerator.gather(told[None]).sum(0), ranks)
         self.answers.clear()
         self.divergences.clear()
 

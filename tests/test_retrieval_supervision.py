@@ -275,7 +275,13 @@ def test_the_trainer_adds_it_to_the_loss_and_logs_the_share(tmp_path):
     (without,), (found,) = losses_of(plain), losses_of(taught)
     assert found - without == pytest.approx(3.0 * loss.item() / (4 * 39), rel=1e-4)
     assert logged(taught, "retrieval_share")[0] == pytest.approx(share / count, rel=1e-4)
+    assert logged(taught, "told_loss")[0] == pytest.approx(found - without, rel=1e-3)
     assert not logged(plain, "retrieval_share")
+    assert not logged(plain, "told_loss")
+    parted = {**options, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 4}
+    taught = make_trainer(tmp_path, rows=rows, **parted)
+    taught.train()
+    assert logged(taught, "told_loss")[0] == pytest.approx(found - without, rel=1e-3)
 
 
 def assert_alike_however_divided(folder, rows, options):
