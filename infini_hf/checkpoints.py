@@ -85,6 +85,7 @@ def describe(trainer):
         "infini_attention": infini_config_of(trainer.lanes.config).to_dict(),
         "carry_memory": args.carry_memory,
         "adapters": adapters_of(trainer.model),
+        "adapted": adapted_places(trainer.model),
         "projection_sizes": projections_of(trainer.model),
         # Buffers that a model has or has not, which loading a state dict does not hold it to.
         "centered": sorted(name for name, _ in trainer.model.named_buffers() if name.endswith("_shift")),
@@ -118,13 +119,27 @@ def adapters_of(model):
     return found
 
 
+def adapted_places(model):
+    """What the adapters of PEFT do to each layer that has some: neither their names nor how it was asked for count."""
+    places = {}
+    for path, module in model.named_modules():
+        state = vars(module)
+        if "merged_adapters" in state:
+            ranks, doras = state.get("r", {}), state.get("use_dora", {})
+            places[path] = sorted(
+                f"r={ranks.get(name)}, scaling={scale:g}, dora={doras.get(name, False)}"
+                for name, scale in state.get("scaling", {}).items()
+            )
+    return places
+
+
 def said(projections):
     """Projections in a few words."""
     return f"{len(projections)} places, as {next(iter(projections.items()))}" if projections else "no place"
 
 
 def check_resume(folder, trainer):
-    """Refuse a checkpoint of another patch, or of other lanes; the record of the run otherwise.
+    """Refuse a checkpoint of another patch or adapter, or of other lanes; the record of the run otherwise.
 
     Raises:
         ValueError: names what differs.
@@ -142,9 +157,11 @@ def check_resume(folder, trainer):
             f"{folder}: was trained as {was}, and the model is patched as {now}: patch with the same values to "
             "resume, or load the weights and start a new run"
         )
-    was, now = (side.get("adapters", ours["adapters"]) for side in (theirs, ours))
+    was, now = (side.get("adapted", ours["adapted"]) for side in (theirs, ours))
     if was != now:
-        was, now = (" and ".join(side.values()) or "all weights, without an adapter" for side in (was, now))
+        was, now = (
+            " and ".join(side["adapters"].values()) or "all weights, without an adapter" for side in (theirs, ours)
+        )
         raise ValueError(
             f"{folder}: what was trained there is {was}, and here it is {now}: resume with the same, or start a new "
             "run in another output_dir"

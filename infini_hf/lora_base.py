@@ -78,7 +78,9 @@ def warn_of_base(model, sample, directory, name=None):
 def apart_of(own, sample):
     """How far two samples of a base, or `None` for one that was not taken, are apart, in words; else nothing."""
     own, sample = own or {}, sample or {}
-    pairs = [pair for name in own.keys() & sample.keys() for pair in zip(own[name], sample[name], strict=True)]
+    # Zeros alone are what a rank holds until the weights of another reach it.
+    names = [name for name in own.keys() & sample.keys() if any(own[name]) and any(sample[name])]
+    pairs = [pair for name in names for pair in zip(own[name], sample[name], strict=True)]
     apart = [a for a, b in pairs if abs(a - b) > TINY + ROUNDING * max(abs(a), abs(b))]
     several = len(apart) > MOST_APART * len(pairs)
     return f"{len(apart)} of {len(pairs)} values that were compared differ" if several else ""

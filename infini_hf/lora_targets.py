@@ -1,6 +1,6 @@
 """Which layers a LoRA adapts: names that have to be those of layers, and two layers that share a weight."""
 
-import torch
+from itertools import chain
 
 
 def check_targets(model, names):
@@ -19,11 +19,22 @@ def check_targets(model, names):
     paths = [path for path, _ in model.named_modules()]
     absent = sorted(name for name in names if not any(path == name or path.endswith(f".{name}") for path in paths))
     if absent:
-        linear = {path.split(".")[-1] for path, part in model.named_modules() if isinstance(part, torch.nn.Linear)}
         raise ValueError(
             f"target_modules: the model has no layer called {', '.join(map(repr, absent))}; it has "
-            f"{', '.join(sorted(linear))}, and 'all-linear' stands for all of them but the output layer"
+            f"{', '.join(sorted(names_of(model)))}, and 'all-linear' stands for the linear ones but the output layer"
         )
+
+
+def names_of(model):
+    """The last names of the layers with a matrix, packed ones of a quantised model and adapted ones too."""
+    names = set()
+    for path, part in model.named_modules():
+        matrix = any(tensor.ndim == 2 for tensor in chain(part.parameters(False), part.buffers(False)))
+        # PEFT keeps an adapted layer under this name, and what it adds beside it.
+        place = path.removesuffix(".base_layer")
+        if matrix and ".lora_" not in path:
+            names.add(place.split(".")[-1])
+    return names
 
 
 def check_mergeable(peft_model, directory):

@@ -232,18 +232,18 @@ def warn_of_window(model, config):
             type(model).__name__,
         )
     rope = model.config.rope_parameters or {}
-    for kind in (part for part in (rope, *rope.values()) if isinstance(part, dict)):
-        short = {"longrope": kind.get("original_max_position_embeddings"), "dynamic": trained}
-        first = short.get(kind.get("rope_type"))
-        if first is not None and config.longest_window > first:
-            logger.warning(
-                "rope_type=%s has other frequencies for inputs of more than %d tokens, and the local window of %d is "
-                "always read with those: shorter inputs are not the base model's; choose a window within %d tokens",
-                kind["rope_type"],
-                first,
-                config.longest_window,
-                first,
-            )
+    # Of a family with several the window has that of its global layers.
+    rope = rope.get("full_attention", rope)
+    first = {"longrope": rope.get("original_max_position_embeddings"), "dynamic": trained}.get(rope.get("rope_type"))
+    if first is not None and config.longest_window > first:
+        logger.warning(
+            "rope_type=%s has other frequencies for inputs of more than %d tokens, and the local window of %d is "
+            "always read with those: shorter inputs are not the base model's; choose a window within %d tokens",
+            rope["rope_type"],
+            first,
+            config.longest_window,
+            first,
+        )
 
 
 def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):

@@ -183,8 +183,8 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         raise ValueError("past_key_values beside cache: pass the InfiniCache as cache=")
     if kwargs.get("inputs_embeds") is not None:
         raise NotImplementedError(
-            "inputs_embeds: infini_hf.generate reads ids; pass embeddings to model.generate(inputs_embeds=..., "
-            "past_key_values=cache)"
+            "inputs_embeds: infini_hf.generate reads ids alone; read the embeddings with model(inputs_embeds=..., "
+            "past_key_values=cache) under torch.no_grad(), and generate from the ids that follow"
         )
     if kwargs.get("use_cache") is False:
         raise ValueError("use_cache=False: infini_hf.generate continues a cache; use model.generate to do without")

@@ -17,7 +17,7 @@ class MemorySupervision:
     Args:
         retrieval ([`RetrievalSupervision`]): of rows whose answers have known sources.
         recall ([`RecallSupervision`]): of the other rows.
-        costs (`list[float]`): what both have added to the loss of each micro-batch of the step, on this rank.
+        costs (`list[torch.Tensor]`): what both have added to the loss of each micro-batch of the step, on this rank.
         noted (`list[float]`): what they have added to the loss of each step since a log.
     """
 
@@ -66,7 +66,8 @@ class MemorySupervision:
     @property
     def shares(self):
         """`torch.Tensor`: `(5,)` float32 since `note`: for each part the sum of shares and their number; the cost."""
-        return torch.cat([*(part.shares for part in self.parts), torch.tensor([sum(self.costs)])])
+        cost = sum(self.costs, torch.zeros(())).float().cpu()
+        return torch.cat([*(part.shares for part in self.parts), cost[None]])
 
     def note(self, shares, ranks=1):
         """Count what a step has shown, the sum over all ranks, `(5,)`, whose losses count as those of `ranks`."""

@@ -203,7 +203,7 @@ class InfiniTrainer(ResumableTrainer):
             observer = StepObserver(told.begin, self.answers.append, self.divergences.append)
             loss, cache = segment_major_loss(inner, segments, cache, num_items, options, observer)
         cost = told.loss / num_items
-        self.supervision.costs.append(float(cost))
+        self.supervision.costs.append(cost.detach())
         if self._logs_this_step():
             self.gates.note_memory(cache)
         if self.args.carry_memory:

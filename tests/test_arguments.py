@@ -53,11 +53,11 @@ def test_a_value_that_nobody_could_type_is_refused_with_file_and_key(tmp_path, l
 
 def test_values_are_what_they_would_be_on_the_command_line(tmp_path):
     lines = ["save_strategy: no", "eval_strategy: no", "retrieval_layers: 1", "learning_rate: 1e-4", "max_steps: '7'"]
-    lines += ["run_name: 2026", "bf16_full_eval: no", "max_grad_norm: 1", "bptt_segments: null", "logging_steps: 5"]
+    lines += ["run_name: 12e4567", "bf16_full_eval: no", "max_grad_norm: 1", "bptt_segments: null", "logging_steps: 5"]
     _, lora, args = parsed(tmp_path, "\n".join([*lines, "lora_target_modules: q_proj"]))
     assert (args.save_strategy, args.eval_strategy) == ("no", "no")
     assert (args.retrieval_layers, args.learning_rate, args.max_steps) == ([1], 1e-4, 7)
-    assert (args.run_name, args.bf16_full_eval, args.max_grad_norm) == ("2026", False, 1.0)
+    assert (args.run_name, args.bf16_full_eval, args.max_grad_norm) == ("12e4567", False, 1.0)
     *_, nobody = parsed(tmp_path, "report_to: null")
     assert nobody.report_to == []
     assert (args.bptt_segments, lora.lora_target_modules) == (None, ["q_proj"])
@@ -68,10 +68,10 @@ def test_values_are_what_they_would_be_on_the_command_line(tmp_path):
 
 
 def test_what_only_a_file_can_give_is_taken(tmp_path):
-    lines = "lr_scheduler_kwargs: {num_cycles: 2, min_lr: 1e-6, name: 1e6x}\nreport_to: [none]"
+    lines = "lr_scheduler_kwargs: {num_cycles: 2, min_lr: 1e-6, name: 1e6x, quoted: '12e45'}\nreport_to: [none]"
     *_, args = parsed(tmp_path, f"\ufeff{lines}\nresume_from_checkpoint: true")
     # YAML 1.1 reads a number with an exponent and no point as a word.
-    assert args.lr_scheduler_kwargs == {"num_cycles": 2, "min_lr": 1e-6, "name": "1e6x"}
+    assert args.lr_scheduler_kwargs == {"num_cycles": 2, "min_lr": 1e-6, "name": "1e6x", "quoted": "12e45"}
     assert (args.report_to, args.resume_from_checkpoint) == ([], True)
 
 

@@ -632,11 +632,14 @@ def test_a_config_that_training_left_without_cache_does_not_matter(llama):
 
 def test_embeddings_beside_ids_are_refused(llama):
     """The stock loop would take them for the last token alone, after ids that were read before."""
-    ids, cache = random_ids(1, 9), InfiniCache(llama.config)
-    embeddings = llama.get_input_embeddings()(random_ids(1, 9, seed=3)).detach()
-    with pytest.raises(NotImplementedError, match=r"inputs_embeds: .* reads ids; .*model\.generate\(inputs_embeds="):
-        generate(llama, ids, cache=cache, inputs_embeds=embeddings, max_new_tokens=2)
+    ids, cache, options = random_ids(1, 12), InfiniCache(llama.config), {"max_new_tokens": 5, "do_sample": False}
+    embeddings = llama.get_input_embeddings()(ids[:, :9]).detach()
+    with pytest.raises(NotImplementedError, match=r"inputs_embeds: .* reads ids alone; .*model\(inputs_embeds="):
+        generate(llama, ids[:, :9], cache=cache, inputs_embeds=embeddings, **options)
     assert not cache.seen
+    with torch.no_grad():
+        llama(inputs_embeds=embeddings, past_key_values=cache)
+    assert torch.equal(generate(llama, ids[:, 9:], cache=cache, **options), generate(llama, ids, **options)[:, 9:])
 
 
 def test_two_caches_at_once_are_refused(llama):

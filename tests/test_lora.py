@@ -114,6 +114,8 @@ def test_a_layer_that_the_model_has_not_is_named_with_those_that_it_has(names):
     with pytest.raises(ValueError, match=r"no layer called '[a-z._]*q_prj'; it has .*o_proj, q_proj, .*'all-linear'"):
         lora_config(model, r=2, target_modules=names)
     assert lora_config(model, target_modules=["self_attn.q_proj", "embed_tokens"]).r == 8
+    with pytest.raises(ValueError, match=r"it has .*embed_tokens, gate_proj, .*o_proj, q_proj, up_proj, v_proj, and"):
+        lora_config(adapt(model), target_modules=names)
 
 
 def test_the_saved_configuration_comes_back_and_stock_peft_reads_it_too(folder):

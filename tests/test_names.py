@@ -108,7 +108,11 @@ def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_read(runs
     with pytest.raises(ValueError, match=r"output='outputs/.*': '.*/config\.json' is no folder; name a file else"):
         check_output(f"{file}/samples.jsonl")
     # Who may do everything may write there all the same.
+    (runs / "outputs" / "there.jsonl").write_text("", encoding="utf-8")
     monkeypatch.setattr("os.access", lambda path, mode: not str(path).endswith("outputs"))
+    check_output("outputs/there.jsonl")
+    with pytest.raises(ValueError, match="may not be written"):
+        check_output("outputs/there.jsonl", taken=(".png",))
     with pytest.raises(ValueError, match=r"--memory outputs/new/memory: .*/outputs may not be written; name a folder"):
         check_target("outputs/new/memory", "--memory ")
     with pytest.raises(ValueError, match=r"output='outputs/new': '.*/outputs' may not be written; name a file else"):

@@ -18,6 +18,7 @@ from infini_hf.calibration import calibrate_memory
 from infini_hf.checkpoints import RECORD, is_whole, resolve_checkpoint
 from infini_hf.data.lane_order import lane_stream
 from infini_hf.lora import add_lora
+from infini_hf.lora_base import apart_of
 
 MEMORY = {"fresh": False, "carry": True}
 STEPS = 9
@@ -330,7 +331,7 @@ def adapted_run(folder, scale=1.0, **options):
         for weight in model.get_decoder().layers[1].parameters():
             weight.mul_(scale)
     if options:
-        model = add_lora(model, target_modules=["q_proj"], **{"lora_alpha": 8, **options})
+        model = add_lora(model, **{"target_modules": ["q_proj"], "lora_alpha": 8, **options})
     return run_of(folder, False, model=model)
 
 
@@ -353,6 +354,14 @@ def test_a_checkpoint_of_another_adapter_is_refused_by_its_name(tmp_path, option
     assert adapted_run(tmp_path, r=2).train(resume_from_checkpoint=True).global_step == STEPS
 
 
+@pytest.mark.parametrize("targets", ["all-linear", r".*\.(q|k|v|o|gate|up|down)_proj"])
+def test_an_adapter_that_is_asked_for_in_other_words_goes_on(tmp_path, targets):
+    names = [f"{name}_proj" for name in ("q", "k", "v", "o", "gate", "up", "down")]
+    adapted_run(tmp_path, r=2, target_modules=names).train()
+    again = adapted_run(tmp_path, r=2, target_modules=targets)
+    assert again.train(resume_from_checkpoint=True).global_step == STEPS
+
+
 def test_a_checkpoint_of_all_weights_is_refused_for_an_adapter(tmp_path):
     adapted_run(tmp_path).train()
     with pytest.raises(ValueError, match=r"all weights, without an adapter, and here it is LORA of q_proj \(r=2"):
@@ -363,6 +372,8 @@ def test_an_adapter_does_not_go_on_with_another_base(tmp_path):
     adapted_run(tmp_path, r=2).train()
     with pytest.raises(ValueError, match=r"other weights than those of this base \(\d+ of \d+ .* began on"):
         adapted_run(tmp_path, scale=0.5, r=2).train(resume_from_checkpoint=True)
+    # What a rank holds before the weights of another reach it tells nothing.
+    assert not apart_of({"norm.weight": [0.0, 0.0]}, {"norm.weight": [1.0, 0.5]})
 
 
 def test_lanes_of_another_number_of_processes_are_refused(checkpoints):

@@ -45,6 +45,16 @@ def test_frequencies_of_a_window_longer_than_short_inputs_are_said(kind, segment
     assert torch.equal(read_whole(model, ids), stock) == (segment_length == 16)
 
 
+@pytest.mark.parametrize("layers", ["full_attention", "sliding_attention"])
+def test_frequencies_of_stock_layers_are_none_of_the_windows(layers, caplog):
+    plain = {"rope_type": "default", "rope_theta": 1e4}
+    scaling = {"full_attention": plain, "sliding_attention": plain, layers: SCALINGS["dynamic"]}
+    model = build("gemma3_text", rope_parameters=scaling, max_position_embeddings=32)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        patch_model(model, InfiniConfig(segment_length=64))
+    assert ("rope_type=dynamic has other frequencies" in caplog.text) == (layers == "full_attention")
+
+
 @pytest.mark.parametrize("kind", SCALINGS)
 def test_a_long_conversation_leaves_another_as_it_was(kind):
     model, ids = scaled(kind), random_ids(1, 90)

@@ -16,12 +16,19 @@ from .names import did_you_mean, find_file
 WORDS = {False: ("no", "off", "false"), True: ("yes", "on", "true")}
 # A trainer takes a truth value for it too, whatever its annotation says.
 NAME_OR_BOOL = "resume_from_checkpoint"
-# A number as YAML 1.2 and everybody writes it, and YAML 1.1 reads as a word.
-POWER = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 # Where the trainer knows nothing by a word alone.
 NOTHING = {"report_to": "none"}
 # An argument in a docstring, with the lines that go on.
 DOCUMENTED = re.compile(r"^    (\w+) \(`[^\n]*?\): ?(.*(?:\n {8,}.*)*)", re.MULTILINE)
+
+
+class Loader(yaml.SafeLoader):
+    """Reads a number without a point, as 1e-6, as YAML 1.2 and everybody does; YAML 1.1 takes it for a word."""
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -147,7 +154,7 @@ def as_typed(parser, name, value, hint):
     if value is None or (isinstance(value, bool) and name == NAME_OR_BOOL):
         return value
     if type(value) in kinds & {bool, list, dict} and not several:
-        return with_numbers(value)
+        return value
     # Alone on the command line, as --fsdp is, it is true; a list of what it once took is left to the trainer.
     if action.nargs == "?" and isinstance(value, (bool, list)):
         return value
@@ -156,15 +163,6 @@ def as_typed(parser, name, value, hint):
     for part in parts:
         parser._check_value(action, part)
     return parts if several else parts[0]
-
-
-def with_numbers(value):
-    """A mapping, or a list, with the numbers that YAML took for words (1e-6, without a point)."""
-    if isinstance(value, dict):
-        return {key: with_numbers(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [with_numbers(part) for part in value]
-    return float(value) if isinstance(value, str) and POWER.fullmatch(value) else value
 
 
 def as_word(action, value):
@@ -201,7 +199,8 @@ def read_yaml(path, known):
         ValueError: when it is not there or cannot be read, or names the unknown keys and those that come nearest.
     """
     try:
-        values = yaml.safe_load(find_file(path, "--config").read_text(encoding="utf-8-sig")) or {}
+        text = find_file(path, "--config").read_text(encoding="utf-8-sig")
+        values, mapped = (yaml.load(text, loader) or {} for loader in (yaml.SafeLoader, Loader))
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1
         raise ValueError(f"--config {path}: is not YAML: {error.problem} in line {line}") from error
@@ -209,6 +208,8 @@ def read_yaml(path, known):
         raise ValueError(f"--config {path}: is not YAML ({error})") from error
     if not isinstance(values, dict):
         raise ValueError(f"--config {path}: holds {type(values).__name__}; write options, one 'name: value' a line")
+    # Elsewhere the option says what its word is: 12e4567 may be a name.
+    values = {key: mapped[key] if isinstance(value, dict) else value for key, value in values.items()}
     unknown = sorted(str(key) for key in set(values) - set(known))
     if unknown:
         hints = ", ".join(f"{key!r}{did_you_mean(key, known)}" for key in unknown)

@@ -155,13 +155,14 @@ def check_target(path, option):
     Raises:
         ValueError: when it is a file, or lies in one or in a folder that may not be written.
     """
-    target = Path(path)
-    if target.exists() and not target.is_dir():
+    target = Path(path).absolute()
+    # Below a folder that may not be looked into, pathlib's own questions raise.
+    there = next(part for part in (target, *target.parents) if os.path.exists(part))
+    if there == target and not os.path.isdir(target):
         raise ValueError(f"{option}{path}: is a file; name a folder, which is made if it is not there")
-    there = next(part for part in (target, *target.absolute().parents) if part.exists())
-    if not there.is_dir():
+    if not os.path.isdir(there):
         raise ValueError(f"{option}{path}: {there} is no folder; name a folder elsewhere")
-    if not os.access(there, os.W_OK):
+    if not os.access(there, os.W_OK | os.X_OK):
         raise ValueError(f"{option}{path}: {there} may not be written; name a folder elsewhere")
 
 

@@ -25,12 +25,15 @@ def check_output(path, taken=()):
             is written beside it.
     """
     path = Path(path)
-    if path.is_dir():
+    # Below a folder that may not be looked into, pathlib's own questions raise.
+    if os.path.isdir(path):
         raise ValueError(f"output={str(path)!r}: is a folder; name a file in it")
-    above = next(part for part in path.absolute().parents if part.exists())
-    if not above.is_dir():
+    above = next(part for part in path.absolute().parents if os.path.exists(part))
+    if not os.path.isdir(above):
         raise ValueError(f"output={str(path)!r}: {str(above)!r} is no folder; name a file elsewhere")
-    if not os.access(above, os.W_OK):
+    # A file that is there may be written where no other can be made beside it.
+    alone = not taken and os.path.exists(path)
+    if not (os.access(path, os.W_OK) if alone else os.access(above, os.W_OK | os.X_OK)):
         raise ValueError(f"output={str(path)!r}: {str(above)!r} may not be written; name a file elsewhere")
     if path.suffix in taken:
         raise ValueError(

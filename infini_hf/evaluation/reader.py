@@ -24,8 +24,8 @@ def reader_of(model):
         model (`PreTrainedModel`): a patched model, wrapped by PEFT or not.
 
     Returns:
-        `dict`: the [`infini_hf.snapshot.fingerprint`]; `head`, a digest, where the output head has weights of its own;
-        `decoding`, where the model's settings of generation change what it says.
+        `dict`: the [`infini_hf.fingerprint.fingerprint`]; `head`, a digest, where the output head has weights of its
+        own; `decoding`, where the model's settings of generation change what it says.
 
     Raises:
         ValueError: when the model is not patched.
