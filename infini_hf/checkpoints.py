@@ -159,12 +159,14 @@ def check_resume(folder, trainer):
         )
     was, now = (side.get("adapted", ours["adapted"]) for side in (theirs, ours))
     if was != now:
+        # The same words may adapt other layers.
+        apart = [place for place in sorted({*was, *now}) if was.get(place) != now.get(place)]
         was, now = (
             " and ".join(side["adapters"].values()) or "all weights, without an adapter" for side in (theirs, ours)
         )
         raise ValueError(
-            f"{folder}: what was trained there is {was}, and here it is {now}: resume with the same, or start a new "
-            "run in another output_dir"
+            f"{folder}: what was trained there is {was}, and here it is {now}: {len(apart)} layers, as {apart[0]}, "
+            "differ; resume with the same, or start a new run in another output_dir"
         )
     was, now = (side.get("projection_sizes", ours["projection_sizes"]) for side in (theirs, ours))
     if was != now:

@@ -342,14 +342,18 @@ def adapted_run(folder, scale=1.0, **options):
         ({"r": 4}, r"LORA of q_proj \(r=4, lora_alpha=8, bias=none\)"),
         ({"r": 2, "lora_alpha": 64}, r"LORA of q_proj \(r=2, lora_alpha=64, bias=none\)"),
         ({"r": 2, "use_rslora": True}, r"LORA of q_proj \(r=2, lora_alpha=8, use_rslora=True, bias=none\)"),
+        (
+            {"r": 2, "layers_to_transform": [1]},
+            r"LORA of q_proj \(r=2, lora_alpha=8, bias=none\): 1 layers, as .*layers.0",
+        ),
         ({"r": 2, "use_dora": True}, r"LORA of q_proj \(r=2, lora_alpha=8, use_dora=True, bias=none\)"),
     ],
-    ids=["full", "rank", "alpha", "rslora", "dora"],
+    ids=["full", "rank", "alpha", "rslora", "layers", "dora"],
 )
 def test_a_checkpoint_of_another_adapter_is_refused_by_its_name(tmp_path, options, here):
     adapted_run(tmp_path, r=2).train()
     there = r"LORA of q_proj \(r=2, lora_alpha=8, bias=none\)"
-    with pytest.raises(ValueError, match=f"is {there}, and here it is {here}: .* another output_dir"):
+    with pytest.raises(ValueError, match=f"is {there}, and here it is {here}.*; resume .* another output_dir"):
         adapted_run(tmp_path, **options).train(resume_from_checkpoint=True)
     assert adapted_run(tmp_path, r=2).train(resume_from_checkpoint=True).global_step == STEPS
 
