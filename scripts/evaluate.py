@@ -28,7 +28,7 @@ from infini_hf.data.local_parts import held_out_split
 from infini_hf.evaluation.comparison import beside_control, compare, comparison_lines, number
 from infini_hf.evaluation.curves import draw_by_position, new_figure
 from infini_hf.evaluation.outputs import beside, check_output
-from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span
+from infini_hf.evaluation.perplexity import SpanTable, curve_of, doubling_edges, mean_by_span, ratios_of_spans
 from infini_hf.evaluation.rouge import rouge_scores
 from infini_hf.evaluation.summary_file import read_summaries
 from infini_hf.evaluation.ways import Way, lenders_of, losses_of_texts
@@ -175,8 +175,11 @@ def perplexity(model_args, args):
     ]
     rows = compare(losses, beyond, *roles)
     if args.figure or args.figure_ways:
-        curves = {name: curve_of(losses[name]) for name in args.figure_ways or losses}
-        draw_by_position(curves, beside(args.output, ".png"), beyond)
+        shown = args.figure_ways or list(losses)
+        curves = {name: curve_of(losses[name]) for name in shown}
+        base = table.rows.get(roles[0])
+        ratios = base and ratios_of_spans(edges, {name: table.rows[name] for name in shown}, base)
+        draw_by_position(curves, beside(args.output, ".png"), beyond, ratios, roles[0])
     numbers = {
         "model": model_args.model,
         "adapter": args.adapter,

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from infini_hf.evaluation.comparison import beside_control, compare, comparison_lines
-from infini_hf.evaluation.perplexity import curve_of
+from infini_hf.evaluation.curves import LEAST_RANGE, draw_curves, new_figure
+from infini_hf.evaluation.perplexity import curve_of, curves_of_spans, ratios_of_spans
 
 
 def losses_of(**means):
@@ -110,6 +111,34 @@ def test_a_curve_is_the_perplexity_of_its_steps():
 def test_steps_below_a_token_are_left_out():
     points = curve_of([torch.arange(4.0)], first=1, per_doubling=2)
     assert [value for _, value in points] == pytest.approx([math.exp(mean) for mean in (0.0, 1.0, 2.0, 3.0)])
+
+
+def test_spans_are_drawn_at_their_middles_and_beside_a_base():
+    edges, rows = [0, 4, 16, 64], {"memory": [2.0, 1.5, 1.0], "closed": [2.0, 1.75, 1.5], "past": [2.0, 3.0, None]}
+    curves = curves_of_spans(edges, rows)
+    assert [place for place, _ in curves["memory"]] == [2.0, 8.0, 32.0]
+    assert curves["past"] == [(2.0, math.exp(2.0)), (8.0, math.exp(3.0))]
+    ratios = ratios_of_spans(edges, rows, rows["closed"])
+    # The base would be a line at 1, and a way that ends early means other tokens.
+    assert list(ratios) == ["memory"]
+    assert [ratio for _, ratio in ratios["memory"]] == pytest.approx([1.0, math.exp(-0.25), math.exp(-0.5)])
+    # Of another model with the very same losses the line is drawn.
+    assert list(ratios_of_spans(edges, rows, list(rows["closed"]))) == ["memory", "closed"]
+
+
+@pytest.mark.parametrize("most", [102.0, 300.0, 90_000.0])
+def test_what_differs_little_is_drawn_so(most):
+    pytest.importorskip("matplotlib")
+    _, (axis,) = new_figure((4, 3))
+    draw_curves(axis, {"blocks": [(1024, 100.0), (2048, most)], "none": []})
+    low, high = axis.get_ylim()
+    assert low < 100.0
+    assert high > most
+    assert high / low >= LEAST_RANGE * (1 - 1e-9)
+    shown = [value for value in axis.yaxis.get_majorticklocs() if low <= value <= high]
+    assert 2 <= len(shown) <= 10
+    assert all(axis.yaxis.get_major_formatter()(value, 0) for value in shown)
+    assert not any(axis.yaxis.get_minor_formatter()(value, 0) for value in axis.yaxis.get_minorticklocs())
 
 
 def test_two_models_are_held_against_each_other_text_by_text():

@@ -138,6 +138,7 @@ def argument_classes(name):
         "average_weights": lambda: (ModelArguments, script(name).AverageArguments),
         "pretrain_base": lambda: (script(name).BaseArguments, TrainingArguments),
         "summarize": lambda: (ModelArguments, script(name).SummaryArguments),
+        "plot_perplexity": lambda: (script(name).PlotArguments,),
         "evaluate": lambda: (script(name).OptionalModel, script(name).EvaluationArguments),
         "benchmark": lambda: (script(name).BenchmarkSettings,),
     }[name]()

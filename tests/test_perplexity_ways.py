@@ -289,8 +289,8 @@ def test_a_window_that_is_none_is_refused():
 # The script.
 
 
-def script():
-    spec = importlib.util.spec_from_file_location("script_evaluate_ways", ROOT / "scripts" / "evaluate.py")
+def script(name="evaluate"):
+    spec = importlib.util.spec_from_file_location(f"script_{name}_ways", ROOT / "scripts" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -438,3 +438,38 @@ def test_the_script_measures_the_part_that_was_held_out(tmp_path):
 def test_the_script_refuses_before_it_reads(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         script().main(["--source", str(tmp_path / "nothing"), *options])
+
+
+def test_figures_are_drawn_again_from_numbers(tmp_path):
+    pytest.importorskip("matplotlib")
+    edges, losses = [0, 64, 128], {"memory": [3.0, 2.0], "closed": [3.0, 2.1], "other": [3.0, 2.2]}
+    numbers = {"edges": edges, "losses": losses, "tokens": [64, 64], "texts": "a", "beyond": 64}
+    control = numbers | {"losses": {"closed": [3.0, 2.05]}}
+    paths = {name: tmp_path / f"{name}.json" for name in ("numbers", "control", "others", "open", "none")}
+    for name, content in {
+        "numbers": numbers,
+        "control": control,
+        "others": control | {"texts": "b"},
+        "open": numbers | {"losses": {"memory": [3.0, 2.0]}},
+        "none": [1],
+    }.items():
+        paths[name].write_text(json.dumps(content), encoding="utf-8")
+    draw, given = script("plot_perplexity").main, ["--numbers", str(paths["numbers"])]
+    drawn = tmp_path / "out" / "drawn.png"
+    draw([*given, "--control", str(paths["control"]), "--ways", "memory", "other", "--output", str(drawn)])
+    assert drawn.read_bytes().startswith(b"\x89PNG")
+    draw(given)
+    assert paths["numbers"].with_suffix(".png").read_bytes() != drawn.read_bytes()
+    # Without a memory that is closed there is nothing to compare with, and a picture all the same.
+    draw(["--numbers", str(paths["open"])])
+    assert paths["open"].with_suffix(".png").is_file()
+    for options, message in (
+        (["--numbers", str(paths["none"])], "none.json: is no JSON of an evaluation of perplexity"),
+        (["--numbers", str(tmp_path / "missing.json")], "numbers"),
+        ([*given, "--ways", "hard"], "numbers.json: has no hard, but memory, closed, other"),
+        ([*given, "--control", str(paths["open"])], "open.json: has no closed, but memory"),
+        ([*given, "--control", str(paths["others"])], "others.json: its texts are b, and .*numbers.json has a"),
+        ([*given, "--output", str(tmp_path / "none.json" / "a.png")], "is no folder; name a file elsewhere"),
+    ):
+        with pytest.raises((ValueError, OSError), match=message):
+            draw(options)

@@ -1,12 +1,16 @@
 """Figures of curves, drawn without a screen and without pyplot's global state."""
 
+from itertools import cycle
 from pathlib import Path
 
 NOT_INSTALLED = "a figure needs matplotlib: pip install matplotlib"
+POSITION = "position (tokens read before)"
+# From the lowest to the highest value of a logarithmic ordinate.
+LEAST_RANGE = 4
 
 
-def new_figure(size, panels=1):
-    """A matplotlib figure and its panels, side by side.
+def new_figure(size, panels=1, shared=True):
+    """A matplotlib figure and its panels, side by side, with one ordinate for all if `shared`.
 
     Raises:
         ModuleNotFoundError: when matplotlib is not installed.
@@ -16,24 +20,37 @@ def new_figure(size, panels=1):
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(NOT_INSTALLED) from error
     figure = Figure(figsize=size, layout="constrained", dpi=100)
-    return figure, figure.subplots(1, panels, squeeze=False, sharey=True)[0]
+    return figure, figure.subplots(1, panels, squeeze=False, sharey=shared)[0]
 
 
-def draw_by_position(curves, path, mark=None):
-    """Draw perplexity against position, both on logarithmic axes.
+def draw_by_position(curves, path, mark=None, ratios=None, base="closed"):
+    """Draw perplexity against position, and beside it how it compares.
 
     Args:
         curves (`dict[str, list[tuple[float, float]]]`): for each way to read, positions and perplexities.
         path (`str` or `Path`): the PNG file.
         mark (`int`, *optional*): a position that gets a vertical line: where the first segment ends.
+        ratios (`dict[str, list[tuple[float, float]]]`, *optional*): for each way, positions and its perplexity over
+            that of `base`, for a second panel. Perplexities that differ by one per cent are one line in the first.
+        base (`str`, *optional*, defaults to `"closed"`): what the ratios are to.
 
     Raises:
         ModuleNotFoundError: when matplotlib is not installed.
     """
-    draw_lines(curves, path, "position (tokens read before)", "perplexity", mark=mark)
+    figure, axes = new_figure((6.4 if not ratios else 9.6, 4.0), 2 if ratios else 1, shared=False)
+    colours = dict(zip(dict.fromkeys([*curves, *(ratios or ())]), cycle(f"C{n}" for n in range(10))))
+    draw_curves(axes[0], curves, mark=mark, colours=colours)
+    label(axes[0], POSITION, "perplexity")
+    axes[0].legend(fontsize=7, frameon=False)
+    if ratios:
+        axes[1].axhline(1, color="grey", linewidth=0.8)
+        draw_curves(axes[1], ratios, mark=mark, marker="o", colours=colours, ratio=True)
+        label(axes[1], POSITION, f"ratio to {base}")
+        axes[1].legend(fontsize=7, frameon=False)
+    save(figure, path)
 
 
-def draw_lines(curves, path, abscissa, ordinate, title=None, mark=None, marker=None):
+def draw_lines(curves, path, abscissa, ordinate, title=None, marker=None):
     """Draw curves on logarithmic axes.
 
     Args:
@@ -41,31 +58,53 @@ def draw_lines(curves, path, abscissa, ordinate, title=None, mark=None, marker=N
         path (`str` or `Path`): the PNG file.
         abscissa, ordinate (`str`): what the axes show.
         title (`str`, *optional*): the title.
-        mark (`float`, *optional*): an abscissa that gets a vertical line.
         marker (`str`, *optional*): matplotlib's marker of a point.
 
     Raises:
         ModuleNotFoundError: when matplotlib is not installed.
     """
     figure, (axis,) = new_figure((6.4, 4.0))
-    for index, (name, points) in enumerate(curves.items()):
-        if points:
-            style = ("-", "--", "-.", ":")[index // 10 % 4]
-            axis.plot(*zip(*points, strict=True), style, marker=marker, markersize=3, label=name, linewidth=1.2)
-    if mark:
-        axis.axvline(mark, color="grey", linewidth=0.6, linestyle=":")
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
-    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
-    axis.yaxis.set_minor_formatter(lambda value, _: f"{value:,g}")
-    axis.tick_params(which="both", labelsize=7)
-    axis.set_xlabel(abscissa, fontsize=8)
-    axis.set_ylabel(ordinate, fontsize=8)
+    draw_curves(axis, curves, marker=marker)
+    label(axis, abscissa, ordinate)
     if title:
         axis.set_title(title, fontsize=9)
     axis.legend(fontsize=7, frameon=False)
     save(figure, path)
+
+
+def draw_curves(axis, curves, mark=None, marker=None, colours=None, ratio=False):
+    """Curves by name on an axis, the abscissa logarithmic, the ordinate too if it is no ratio."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
+    for index, (name, points) in enumerate(curves.items()):
+        if points:
+            style = ("-", "--", "-.", ":")[index // 10 % 4]
+            colour = colours[name] if colours else None
+            line = {"marker": marker, "markersize": 3, "linewidth": 1.2, "color": colour}
+            axis.plot(*zip(*points, strict=True), style, label=name, **line)
+    if mark:
+        axis.axvline(mark, color="grey", linewidth=0.6, linestyle=":")
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    if ratio:
+        return
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    if high < LEAST_RANGE * low:
+        # What differs by a few per cent shall not look like a multiple.
+        middle, half = (low * high) ** 0.5, LEAST_RANGE**0.5
+        axis.set_ylim(middle / half, middle * half)
+    spread = high / low
+    axis.yaxis.set_major_locator(LogLocator(subs=range(1, 10) if spread < 8 else (1, 2, 5) if spread < 300 else (1,)))
+    axis.yaxis.set_major_formatter(lambda value, _: f"{value:,g}")
+    axis.yaxis.set_minor_formatter(NullFormatter())
+
+
+def label(axis, abscissa, ordinate):
+    """What the axes show."""
+    axis.tick_params(which="both", labelsize=7)
+    axis.set_xlabel(abscissa, fontsize=8)
+    axis.set_ylabel(ordinate, fontsize=8)
 
 
 def draw_recall(rows, path):

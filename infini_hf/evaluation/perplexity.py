@@ -78,3 +78,41 @@ def curve_of(losses, first=32, per_doubling=2):
     means, _ = mean_by_span(losses, edges)
     middles = [math.sqrt(max(start, 1) * stop) for start, stop in pairwise(edges)]
     return [(middle, math.exp(mean)) for middle, mean in zip(middles, means, strict=True)]
+
+
+def curves_of_spans(edges, rows):
+    """Perplexity by span, for a figure.
+
+    Args:
+        edges (`list[int]`): as those of [`SpanTable`].
+        rows (`dict[str, list[float | None]]`): mean losses in nats, as its rows.
+
+    Returns:
+        `dict[str, list[tuple[float, float]]]`: for each row, the geometric middle of every span that it reaches, and
+        the perplexity there.
+    """
+    middles = [math.sqrt(max(start, 1) * stop) for start, stop in pairwise(edges)]
+    return {
+        name: [(middle, math.exp(loss)) for middle, loss in zip(middles, losses, strict=True) if loss is not None]
+        for name, losses in rows.items()
+    }
+
+
+def ratios_of_spans(edges, rows, base):
+    """Perplexities by span over those of another way to read, for a figure.
+
+    Args:
+        edges (`list[int]`): as those of [`SpanTable`].
+        rows (`dict[str, list[float | None]]`): mean losses in nats, as its rows; ways that end early, and
+            `base` itself, are left out.
+        base (`list[float]`): losses of the way that they are compared with.
+
+    Returns:
+        `dict[str, list[tuple[float, float]]]`: for each row, the geometric middle of every span, and the ratio there.
+    """
+    over = {
+        name: [loss - other for loss, other in zip(losses, base, strict=True)]
+        for name, losses in rows.items()
+        if None not in losses and losses is not base
+    }
+    return curves_of_spans(edges, over)
