@@ -14,7 +14,7 @@ from .fast_paths import Choice
 from .local_attention import attend_window, build_mask, needs_no_mask, rotate
 from .memory_read import Retrieval
 from .segments import SegmentPlan
-from .windows import as_rows, carry, held_after, held_before, take_columns
+from .windows import as_new, as_rows, carry, held_after, held_before, take_columns
 
 PLAN = "infini_plan"
 # Tokens of whole segments that are read at once: on CPUs what their caches hold, elsewhere enough to fill a device.
@@ -111,8 +111,8 @@ class InfiniAttention:
         """The queries, and the state to start from: that of the cache, or an empty one."""
         if layer is None:
             return queries, LayerState(keys[:, :, :0], values[:, :, :0], *memory_math.empty(keys))
-        queries, *state = layer.open(queries, keys, values, plan, self.memory_gate)
-        return queries, LayerState(*state)
+        queries, held_keys, held_values, *memory = layer.open(queries, keys, values, plan, self.memory_gate)
+        return queries, LayerState(as_new(held_keys, keys), as_new(held_values, values), *memory)
 
     def pick(self, states, round):
         """The round's tokens of `(batch, heads, seq_len, head_dim)`, right-aligned."""

@@ -167,6 +167,9 @@ def load_gates(model, gates, trained, name):
     for path, module in model.named_modules():
         if not isinstance(module, InfiniAttention):
             continue
+        # A decoder that was saved alone has names of its own.
+        alone = path.removeprefix(f"{model.base_model_prefix}.")
+        path = alone if f"{alone}.{GATE}" in gates else path
         key = f"{path}.{GATE}"
         if key not in gates:
             absent.append(key)

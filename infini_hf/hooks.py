@@ -75,7 +75,8 @@ def resolve_cache(decoder, kwargs, batch):
     if not isinstance(cache, InfiniCache):
         raise ValueError(
             f"past_key_values is a {type(cache).__name__}, and a patched model needs an InfiniCache: pass "
-            "infini_hf.InfiniCache(model.config), or unpatch the model"
+            "infini_hf.InfiniCache(model.config), or unpatch the model (PEFT's prefix tuning makes a cache of its "
+            "own: adapt weights instead, with infini_hf.lora.lora_config)"
         )
     if checkpointing:
         raise ValueError(
@@ -89,18 +90,30 @@ def resolve_cache(decoder, kwargs, batch):
             f"{infini_config_of(decoder.config)}: make one with infini_hf.InfiniCache(model.config)"
         )
     cache.check_whole()
-    reader = cache.reader() if cache.reader is not None else None
-    if cache.seen and reader is not None and reader is not decoder:
-        raise ValueError(
-            "this cache was filled by another model, whose memory means nothing here: make a cache for each model, or "
-            "carry it over between equal models with cache.save_pretrained and InfiniCache.from_pretrained"
-        )
+    if cache.seen:
+        check_reader(cache, decoder)
     if cache.seen and len(cache.seen) != batch:
         raise ValueError(
             f"the cache holds {len(cache.seen)} rows and the call has {batch}: rows of one batch keep their places; "
             "use batch_repeat_interleave or batch_select_indices on the cache, or a cache for each batch"
         )
     return cache
+
+
+def check_reader(cache, decoder):
+    """Raise for a cache that another model has filled, one that is gone included.
+
+    Raises:
+        ValueError: with the way from one model to an equal one.
+    """
+    reader = decoder if cache.reader is None else cache.reader()
+    if reader is not decoder:
+        which = "another model" if reader is not None else "a model that is gone"
+        raise ValueError(
+            f"this cache was filled by {which}, whose memory means nothing here: make a cache for each model, or "
+            "carry it over between equal models with cache.save_pretrained, while the first is there, and "
+            "InfiniCache.from_pretrained"
+        )
 
 
 def stream_positions(seen, mask, columns, device):
@@ -120,6 +133,12 @@ def stock_masks(decoder, mask, batch, columns, cache, device):
     stock = {i: layer for i, layer in enumerate(decoder.layers) if not isinstance(layer.self_attn, InfiniAttention)}
     if not stock:
         return unused
+    for index, layer in stock.items():
+        if any(isinstance(part, InfiniAttention) for part in layer.self_attn.modules()):
+            raise NotImplementedError(
+                f"the attention of layer {index} is wrapped in a {type(layer.self_attn).__name__}, as PEFT's adaption "
+                "prompt does: a patched layer cannot be; adapt weights instead (infini_hf.lora.lora_config)"
+            )
     layers = (cache if cache is not None else DynamicCache(config=decoder.config)).layers
     past = 0 if cache is None else cache.columns
     warn_of_positions(decoder, past + columns, columns)
@@ -129,7 +148,8 @@ def stock_masks(decoder, mask, batch, columns, cache, device):
         kinds.setdefault(bool(layers[index].is_sliding), layers[index])
     widest = max(layer.get_mask_sizes(columns)[0] for layer in kinds.values())
     padding = remember_padding(cache, mask, batch, columns, widest, device)
-    warn_of_inner_padding(decoder, padding, columns, cache)
+    if True in kinds:
+        warn_of_inner_padding(decoder, padding, columns, cache)
     masks = {"full_attention": unused, "sliding_attention": unused}
     for sliding, layer in kinds.items():
         length = layer.get_mask_sizes(columns)[0]

@@ -6,7 +6,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from peft import (
     LoraConfig,
     PeftModel,
@@ -19,18 +18,15 @@ from peft.utils import ModulesToSaveWrapper
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from .attention import InfiniAttention
-from .auto import GATE, PROJECTIONS, SHIFTS, AutoInfiniModelForCausalLM, resolve_config
+from .auto import AutoInfiniModelForCausalLM, resolve_config
 from .cache import infini_config_of
 from .config import InfiniConfig
 from .lora_base import GATE_MODULE, sample_base, warn_of_base
+from .lora_room import check_gate_parts, check_gates, make_room
 from .lora_targets import check_targets
 from .patching import is_patched, patch_model, unpatch_model
 from .streaming import require_patched
 
-GATE_PARTS = ("query_shift", "key_shift", "query_projection", "key_projection")
-# What PEFT puts before the names of the model that it wraps.
-PREFIX = "base_model.model."
 # Options of a hub or of accelerate, which the base and the adapter need alike, and those of PEFT alone.
 SHARED_OPTIONS = "cache_dir force_download local_files_only token max_memory offload_folder".split()
 PEFT_OPTIONS = "adapter_name autocast_adapter_dtype ephemeral_gpu_offload low_cpu_mem_usage torch_device".split()
@@ -121,11 +117,12 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
     A base with other weights than those that the adapter was trained on is warned of.
 
     Args:
-        base (`str`, `Path` or `PreTrainedModel`): the name or folder of the base, or an instance, which is patched and
-            adapted in place.
+        base (`str`, `Path`, `PreTrainedModel` or `peft.PeftModel`): the name or folder of the base, or an instance,
+            which is patched and adapted in place. One that is adapted already gets another adapter, of an
+            `adapter_name` of its own and of the same patch, which `set_adapter` switches to.
         directory (`str` or `Path`): the folder of the adapter, or its name on the hub.
-        is_trainable (`bool`, *optional*, defaults to `False`): go on training it; otherwise it is frozen, in
-            evaluation mode.
+        is_trainable (`bool`, *optional*, defaults to `False`): go on training it, as the active one; otherwise it is
+            frozen, in evaluation mode.
         revision (`str`, *optional*): of the adapter on the hub.
         subfolder (`str`, *optional*): of `directory`.
         kwargs: how the base is loaded when it is a name (`dtype`, `device_map`, `quantization_config`, …), the hub's
@@ -136,7 +133,8 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         that is not quantized: a 4-bit weight rounds the adapter away).
 
     Raises:
-        TypeError: when `base` is of another kind, or an instance comes with options of loading one.
+        TypeError: when `base` is of another kind, or an instance comes with options of loading one, or an adapted one
+            without an `adapter_name` that is free.
         ValueError: when there is no adapter, it does not record its patch or lacks gates, the base is patched
             differently, or a weight of the file has no place in the model. An instance loses its new patch again.
     """
@@ -148,6 +146,9 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
     config = read_config(directory, hub)
     patch = InfiniConfig.from_dict(config.infini_attention)
     shapes = read_shapes(directory, hub)
+    name = options.get("adapter_name", "default")
+    if isinstance(base, PeftModel):
+        check_free(base, name)
     model = open_base(base, patch, directory, kwargs)
     with contextlib.ExitStack() as undo:
         if not is_patched(model):
@@ -159,11 +160,36 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         warn_of_base(model, config.base_sample, directory, config.base_model_name_or_path)
         # Sizes are compared below: PEFT would stop in the middle, with its layers left in the model.
         options["ignore_mismatched_sizes"] = True
-        peft_model = PeftModel.from_pretrained(model, directory, config=config, is_trainable=is_trainable, **options)
-        undo.callback(take_off, peft_model)
-        check_loaded(peft_model, options.get("adapter_name", "default"), shapes, directory)
+        if isinstance(base, PeftModel):
+            peft_model = base
+            undo.callback(lambda: name in base.peft_config and base.delete_adapter(name))
+            add_to(base, name, directory, config, is_trainable, options)
+        else:
+            options |= {"config": config, "is_trainable": is_trainable}
+            peft_model = PeftModel.from_pretrained(model, directory, **options)
+            undo.callback(take_off, peft_model)
+        check_loaded(peft_model, name, shapes, directory)
         undo.pop_all()
     return peft_model
+
+
+def check_free(base, name):
+    """Raise when an adapted model has an adapter of that name already."""
+    if name in base.peft_config:
+        raise TypeError(
+            f"adapter_name={name!r}: the model has an adapter of that name; give another, as in "
+            "load_adapter(peft_model, directory, adapter_name='second')"
+        )
+
+
+def add_to(peft_model, name, directory, config, is_trainable, options):
+    """Another adapter for an adapted model, with the record of its patch, which PEFT's own way of loading drops."""
+    config.inference_mode = not is_trainable
+    peft_model.add_adapter(name, config)
+    known = {key: value for key, value in options.items() if key not in ("adapter_name", "ephemeral_gpu_offload")}
+    peft_model.load_adapter(directory, name, **known)
+    if is_trainable:
+        peft_model.set_adapter(name)
 
 
 def read_config(directory, hub):
@@ -197,6 +223,8 @@ def read_shapes(directory, hub):
 
 def open_base(base, patch, directory, kwargs):
     """The model that the adapter goes on: an instance as it is, a name loaded and patched."""
+    if isinstance(base, PeftModel):
+        base = require_patched(base)
     if isinstance(base, PreTrainedModel):
         loading = sorted(kwargs.keys() - set(SHARED_OPTIONS))
         if loading:
@@ -206,8 +234,7 @@ def open_base(base, patch, directory, kwargs):
         return base
     if not isinstance(base, (str, Path)):
         raise TypeError(
-            f"base is a {type(base).__name__}: pass a name, a folder or a transformers model; on a PeftModel, call "
-            "its own load_adapter(directory, adapter_name)"
+            f"base is a {type(base).__name__}: pass a name, a folder, or a transformers model, adapted or not"
         )
     config, kwargs = resolve_config(base, kwargs)
     stored = vars(config).get("infini_attention")
@@ -221,53 +248,6 @@ def check_patch(own, patch, directory):
         raise ValueError(
             f"{directory}: the adapter was trained under {patch}, and the base is patched with {own}: pass the plain "
             "base (infini_hf.unpatch_model takes a patch off), which is then patched to fit"
-        )
-
-
-def own_gates(model):
-    """The gates of a base's layers, by the name of the layer, without what PEFT may have put around them."""
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, InfiniAttention)}
-    return {path: getattr(layer.memory_gate, "original_module", layer.memory_gate) for path, layer in layers.items()}
-
-
-def make_room(model, shapes, undo):
-    """Give a base the shifts, or the projections, that the adapter's gates were trained with, where it has none.
-
-    What it is given changes nothing while the adapter is switched off.
-    """
-    for path, gate in own_gates(model).items():
-        if gate.query_projection is not None:
-            continue
-        for part in GATE_PARTS:
-            undo.callback(setattr, gate, part, getattr(gate, part))
-        shifts, projections = ([f"{PREFIX}{path}.{name}" for name in names] for names in (SHIFTS, PROJECTIONS))
-        if projections[1] in shapes:
-            # A single KV head has no others to be mixed with: the queries tell.
-            _, inputs, dim = shapes[projections[0]]
-            gate.add_projections(shapes[projections[1]][0], dim, mix_heads=inputs - 1 != dim)
-        elif shifts[0] in shapes and gate.query_shift is None:
-            gate.set_shifts(*(torch.zeros(shapes[key]) for key in shifts))
-
-
-def check_gates(model, shapes, directory):
-    """Raise when a patched layer has no gate in the adapter, for which PEFT has a bare `KeyError` or no word."""
-    layers = [name for name, module in model.named_modules() if isinstance(module, InfiniAttention)]
-    absent = [f"{name}.{GATE}" for name in layers if f"{PREFIX}{name}.{GATE}" not in shapes]
-    if absent:
-        raise ValueError(
-            f"{directory}: the adapter holds no gate for {absent}: it was made for another base, or without the gates "
-            "in modules_to_save; make it with infini_hf.lora.lora_config(model)"
-        )
-
-
-def check_gate_parts(model, shapes, directory):
-    """Raise when a base's gates have shifts or projections that the adapter's were trained without."""
-    names = [f"{path}.{GATE_MODULE}.{part}" for path, gate in own_gates(model).items() for part in gate.state_dict()]
-    absent = [name for name in names if f"{PREFIX}{name}" not in shapes]
-    if absent:
-        raise ValueError(
-            f"{directory}: the adapter's gates were trained without {absent}, which the base has: pass the base that "
-            "it was trained on"
         )
 
 

@@ -11,14 +11,13 @@ import torch
 from transformers import PreTrainedModel
 
 from .attention import InfiniAttention
-from .cache import InfiniCache, global_layers
+from .cache import global_layers
 from .config import InfiniConfig
 from .families import family_of
 from .gate import MemoryGate
-from .generation_options import NO_ROLLBACK
+from .generation_cache import prepare_cache_for_generation
 from .hooks import decoder_pre_hook
 from .static_attention import masks_for_generate
-from .static_cache import StaticInfiniCache
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +27,9 @@ def patched_decoder(model):
     if not isinstance(model, torch.nn.Module):
         return None
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and any(isinstance(part, InfiniAttention) for part in module.modules()):
+        # Around a decoder that was patched alone there is a model that was not.
+        named = isinstance(module, PreTrainedModel) and "infini_attention" in vars(module.config)
+        if named and any(isinstance(part, InfiniAttention) for part in module.modules()):
             return module
     return None
 
@@ -140,7 +141,8 @@ def patched(model, config=None):
     try:
         yield model
     finally:
-        unpatch_model(model)
+        if is_patched(model):
+            unpatch_model(model)
 
 
 def own_config(model):
@@ -244,46 +246,3 @@ def warn_of_window(model, config):
             config.longest_window,
             first,
         )
-
-
-def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs):
-    """What `generate` calls for its cache: an [`InfiniCache`] in place of a stock one.
-
-    Raises:
-        ValueError: for a stock cache, a `cache_implementation` that would make one, or a cache with `use_cache=False`.
-        NotImplementedError: for assisted decoding, which takes tokens back.
-    """
-    if "assisted_generation" in (*args[:1], kwargs.get("generation_mode")):
-        raise NotImplementedError(NO_ROLLBACK)
-    cache = model_kwargs.get("past_key_values")
-    if cache is not None and not isinstance(cache, InfiniCache):
-        raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, and a patched model needs an InfiniCache: pass "
-            "infini_hf.InfiniCache(model.config), or unpatch the model"
-        )
-    if cache is not None and generation_config.use_cache is False:
-        raise ValueError(
-            "use_cache=False beside past_key_values: every step would read the whole text into the cache again; leave "
-            "one of them out"
-        )
-    kind = generation_config.cache_implementation
-    if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded", "static"):
-        raise ValueError(
-            f"cache_implementation={kind!r}: a patched model keeps its state in an InfiniCache; leave it out, or use "
-            "'offloaded' or 'static'"
-        )
-    if cache is None and generation_config.use_cache is not False:
-        make = StaticInfiniCache if kind == "static" else partial(InfiniCache, offloading=kind == "offloaded")
-        model_kwargs["past_key_values"] = make(model.config)
-        generation_config.cache_implementation = None
-    elif kind == "static" and isinstance(cache, StaticInfiniCache):
-        # The stock method takes no kind beside a cache, and this is one of the kind.
-        generation_config.cache_implementation = None
-    if isinstance(model_kwargs.get("past_key_values"), StaticInfiniCache) and generation_config.prefill_chunk_size:
-        raise NotImplementedError(
-            f"prefill_chunk_size={generation_config.prefill_chunk_size} with a static cache: generate would compile "
-            "every chunk of the prompt; leave it out, and read a long prompt with infini_hf.prefill or "
-            "infini_hf.generate, whose memory does not grow"
-        )
-    # The stock method checks the rest of what the user passed and finds the cache made.
-    return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)

@@ -91,7 +91,7 @@ class StaticInfiniCache(InfiniCache):
             # Where an offloaded cache keeps it elsewhere.
             layer.prefetch()
             if index in static.fresh:
-                promote_window(layer, decoder.layers[index].self_attn)
+                cast_window(layer, decoder.layers[index].self_attn)
                 static.layers[index].load(layer)
             else:
                 static.load_memory(index, layer)
@@ -105,7 +105,7 @@ class StaticInfiniCache(InfiniCache):
     def load_memory(self, layer_idx, layer):
         """Take over the state of an [`InfiniLayer`] that has read something."""
         rope, attention = self.rope[1], self.reader().layers[layer_idx].self_attn
-        promote_window(layer, attention)
+        cast_window(layer, attention)
         self.layers[layer_idx].load(layer, rope, attention.memory_gate)
         for table in rope:
             torch._dynamo.mark_static_address(table)
@@ -119,9 +119,9 @@ class StaticInfiniCache(InfiniCache):
         config = infini_config_of(decoder.config)
         if self.infini_config != config:
             raise ValueError(f"this cache was made for {self.infini_config} and the model is patched with {config}")
-        reader = None if self.reader is None else self.reader()
-        if reader is not None and reader is not decoder:
-            raise ValueError("this cache was filled by another model, whose memory means nothing here")
+        if self.reader is not None and self.reader() is not decoder:
+            which = "another model" if self.reader() is not None else "a model that is gone"
+            raise ValueError(f"this cache was filled by {which}, whose memory means nothing here")
         self.reader = weakref.ref(decoder)
 
     def to_infini_cache(self):
@@ -239,14 +239,12 @@ class StaticInfiniCache(InfiniCache):
         return cls.from_cache(InfiniCache.from_pretrained(directory, model), model)
 
 
-def promote_window(layer, attention):
-    """Bring a layer's keys and values to the dtype that the next ones promote them to: that of the weights, if wider.
+def cast_window(layer, attention):
+    """Bring a layer's keys and values to the dtype of the weights, which is that of the next ones.
 
-    What has read under autocast holds narrower ones, and tensors that are written in place take no wider. Weights that
-    are quantised say nothing of it.
+    What has read under autocast holds narrower ones, a model that was cast since had wider ones, and tensors that are
+    written in place take no others. Weights that are quantised say nothing of it.
     """
     weight = getattr(attention.o_proj, "weight", None)
-    if weight is None or weight.dtype not in PLAIN_DTYPES:
-        return
-    dtype = torch.promote_types(layer.keys.dtype, weight.dtype)
-    layer.keys, layer.values = layer.keys.to(dtype), layer.values.to(dtype)
+    if weight is not None and weight.dtype in PLAIN_DTYPES:
+        layer.keys, layer.values = layer.keys.to(weight.dtype), layer.values.to(weight.dtype)

@@ -31,7 +31,7 @@ def require_patched(model):
     Raises:
         TypeError: when it is no module.
         ValueError: when it is not patched.
-        NotImplementedError: when an adapter puts virtual tokens before the text.
+        NotImplementedError: when an adapter puts virtual tokens before the text, or is switched on by one.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model is a {type(model).__name__}: pass a patched model")
@@ -41,10 +41,31 @@ def require_patched(model):
                 f"adapter {name!r} ({adapter.peft_type}): virtual tokens before a text would be left out here; use "
                 "an adapter that changes weights (infini_hf.lora.lora_config)"
             )
+        if getattr(adapter, "alora_invocation_tokens", None):
+            raise NotImplementedError(
+                f"adapter {name!r} has alora_invocation_tokens: PEFT looks for them in each call, and would switch it "
+                "off in the segments after them; call the PEFT model itself on whole inputs (its own generate, the "
+                "stock Trainer), or make it without them"
+            )
     inner = patched_decoder(model)
     if inner is None:
         raise ValueError(
             f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first"
+        )
+    return inner
+
+
+def require_head(model):
+    """What [`require_patched`] gives, of a model that predicts tokens.
+
+    Raises:
+        TypeError: for one that has no language modelling head.
+    """
+    inner = require_patched(model)
+    if not inner.can_generate():
+        raise TypeError(
+            f"a {type(inner).__name__} predicts no tokens: load the checkpoint as a causal language model "
+            "(AutoInfiniModelForCausalLM); infini_hf.prefill reads with this one"
         )
     return inner
 
@@ -117,8 +138,11 @@ def score(model, ids, attention_mask=None, cache=None, chunk_size=2048, progress
     Returns:
         `torch.Tensor`: `(batch, seq_len - 1)`, float32, on the device of `ids`; 0 where the token, or the one that
         predicts it, is padding.
+
+    Raises:
+        TypeError: for a model without a language modelling head, and as [`prefill`] does, as the others.
     """
-    inner = require_patched(model)
+    inner = require_head(model)
     check_size("chunk_size", chunk_size)
     cache = open_cache(inner, cache)
     refuse_split(cache)
@@ -167,11 +191,12 @@ def generate(model, ids, cache=None, attention_mask=None, **kwargs):
         What `model.generate` returns: the ids passed, then the new ones.
 
     Raises:
+        TypeError: for a model without a language modelling head.
         ValueError: without tokens, with padding on the right, with a model that is not patched, or with
             `past_key_values` beside `cache`.
         NotImplementedError: for assisted decoding, for `inputs_embeds`, and as [`prefill`] does.
     """
-    inner = require_patched(model)
+    inner = require_head(model)
     cache = open_cache(inner, cache)
     refuse_split(cache)
     ids = as_batch(ids, inner.config.vocab_size)

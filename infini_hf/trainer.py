@@ -1,11 +1,13 @@
 """`InfiniTrainer`: the stock `Trainer` over rows of any length, read segment after segment through the memory."""
 
+import logging
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 
 import torch
 
+from .batch_columns import LANE_COLUMNS, NO_LABELS, ROW_COLUMNS, WEIGHTS, check_columns
 from .cache import InfiniCache, infini_config_of
 from .callbacks import MemoryGateCallback, RunCallback, quiet_console
 from .data.collator import InfiniCollator
@@ -32,24 +34,7 @@ from .supervision import MemorySupervision
 from .trainer_checks import refuse_what_cannot_work
 from .training_args import InfiniTrainingArguments
 
-# Columns that say where a row belongs, and what its targets weigh.
-LANE_COLUMNS = ("document", "part")
-ROW_COLUMNS = (*LANE_COLUMNS, "dilute", "sources")
-WEIGHTS = "loss_weights"
-NO_LABELS = (
-    "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
-    "For language modelling add labels equal to input_ids (pack_documents does)"
-)
-
-
-def known(columns):
-    """The columns of a batch beside those that every row has; it refuses those that nothing reads."""
-    if unread := sorted(set(columns) - {"attention_mask", WEIGHTS}):
-        raise ValueError(
-            f"the batch has {unread}, which InfiniTrainer does not read: it takes input_ids, labels, attention_mask, "
-            "loss_weights, sources, dilute, document, part; drop them, or use the stock Trainer"
-        )
-    return columns
+logger = logging.getLogger(__name__)
 
 
 class InfiniTrainer(ResumableTrainer):
@@ -171,15 +156,16 @@ class InfiniTrainer(ResumableTrainer):
         read = partial(self._read_rows, model)
         return super().compute_loss(read, inputs, return_outputs, num_items_in_batch=num_items_in_batch)
 
-    def _read_rows(self, model, input_ids, labels=None, num_items_in_batch=None, document=None, part=None, **others):
-        dilute, sources = others.pop("dilute", None), others.pop("sources", None)
+    def _read_rows(self, model, input_ids=None, labels=None, num_items_in_batch=None, **others):
+        document, part, dilute, sources = (others.pop(name, None) for name in ROW_COLUMNS)
+        check_columns(input_ids, others)
         if labels is None:
             raise ValueError(NO_LABELS)
         if self.shared_rows is None:
             segments, filling = self._cut(input_ids, labels, **others)
             longest = len(segments)
         else:
-            segments, longest = self.shared_rows.cut(input_ids, labels, **known(others))
+            segments, longest = self.shared_rows.cut(input_ids, labels, **others)
             filling = 0
         # Of processes that share rows, each has its part of a target.
         size = self.args.sequence_parallel_size
@@ -218,9 +204,9 @@ class InfiniTrainer(ResumableTrainer):
         scale = self.dilution.draw(segments[0].input_ids.shape[0], len(segments), *place)
         return scale if scale is None or dilute is None else torch.where(dilute.cpu()[:, None], scale, 1.0)
 
-    def _cut(self, input_ids, labels=None, attention_mask=None, loss_weights=None, trim=True, **others):
+    def _cut(self, input_ids=None, labels=None, attention_mask=None, loss_weights=None, trim=True, **others):
         """Segments of a batch, and how many more calls of the model this rank owes to the others."""
-        known(others)
+        check_columns(input_ids, others)
         length = infini_config_of(self.lanes.config).segment_length
         targets = None if labels is None else shift_labels(labels)
         weights = None if loss_weights is None else shift_weights(loss_weights)
@@ -279,6 +265,9 @@ class InfiniTrainer(ResumableTrainer):
             # The stock value is a mean of means, in which tokens of short rows count for more.
             output.metrics[f"{metric_key_prefix}_loss"] = loss / tokens
             output.metrics[f"{metric_key_prefix}_tokens"] = int(tokens)
+        elif f"{metric_key_prefix}_loss" in output.metrics:
+            logger.warning("no label of the evaluation counts, all are masked: its loss is no number")
+            output.metrics[f"{metric_key_prefix}_loss"] = float("nan")
         return output
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):

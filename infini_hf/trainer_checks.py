@@ -1,9 +1,11 @@
 """What `InfiniTrainer` refuses before it begins, each by name and with a way out."""
 
 from accelerate.utils import DynamoBackend
+from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import has_length
 
 from .cache import infini_config_of
+from .streaming import require_patched
 from .training_args import SUPERVISION_WEIGHTS, check_recomputation
 
 
@@ -104,6 +106,7 @@ def refuse_options(trainer):
             f"per_device_train_batch_size={args.per_device_train_batch_size}, which could change; leave one out"
         )
     if trainer.model is not None:
+        refuse_losses(trainer.model)
         trainer.supervision.check(trainer.model)
     if trainer.distillation is None:
         if args.distillation_weight is not None:
@@ -117,6 +120,23 @@ def refuse_options(trainer):
             "memory brings from the rows before; use rows as long as the teacher can read, or leave one of them out"
         )
     trainer.distillation.check_student(trainer.lanes.config)
+
+
+def refuse_losses(model):
+    """Raise for a loss that is not that of the segments' targets, added up."""
+    function = require_patched(model).loss_function
+    if function is not ForCausalLMLoss:
+        raise NotImplementedError(
+            f"model.loss_function is {getattr(function, '__qualname__', function)!r}: segments come with targets that "
+            "are shifted already, and with the count of a whole step; use the stock Trainer, which reads whole rows"
+        )
+    for name, adapter in (getattr(model, "peft_config", None) or {}).items():
+        # A PEFT type is a text of its own kind.
+        if getattr(adapter, "peft_type", None) == "ADALORA":
+            raise NotImplementedError(
+                f"adapter {name!r} is an AdaLoRA, which adds its regulariser to the loss of every call: a row "
+                "would get it once for each segment; use the stock Trainer, or LoRA (infini_hf.lora.lora_config)"
+            )
 
 
 def refuse_beside_shared_rows(trainer):

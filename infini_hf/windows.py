@@ -9,6 +9,14 @@ def take_columns(states, index):
     return states.gather(2, index)
 
 
+def as_new(states, new):
+    """What is held, in the dtype of what is new where that is narrower: a model may be cast between two calls."""
+    wider = torch.promote_types(states.dtype, new.dtype)
+    if wider == new.dtype or torch.is_autocast_enabled(new.device.type):
+        return states
+    return states.to(new.dtype)
+
+
 def carry(states, kept, first):
     """The first `first` and the last `kept - first` tokens of a window."""
     if kept == states.shape[2]:

@@ -131,3 +131,12 @@ def test_a_row_without_sources_among_others_repeats_nothing(trained):
     rows = [row_of(3, sources=[-1, -1, 0]), row_of(2), row_of(1, sources=None)]
     assert InfiniCollator(trained)(rows)["sources"].tolist() == [[-1, -1, 0], [-1, -1, -1], [-1, -1, -1]]
     assert "sources" not in InfiniCollator(trained)([row_of(3)])
+
+
+@pytest.mark.parametrize(
+    ("sources", "wrong"), [([-1, 0, 9], "9 for token 2"), ([-1, -2, 0], "-2"), ([0, 0, 0], "0 for")]
+)
+def test_a_source_that_is_no_earlier_token_is_named(trained, sources, wrong):
+    with pytest.raises(ValueError, match=rf"row 0 .* has the source {wrong}.*: a source is the column of an earlier"):
+        InfiniCollator(trained)([row_of(3, sources=sources)])
+    assert InfiniCollator(trained)([row_of(3, sources=[-1, 0, 0])])["sources"].tolist() == [[-1, 0, 0]]

@@ -1,5 +1,7 @@
 """What a tired user does: each is right, or a sentence that names the value and the way out."""
 
+import copy
+import gc
 import logging
 import pickle
 
@@ -9,7 +11,18 @@ import torch
 from models import build, build_patched, random_ids, relative_error
 from reading import read, read_whole
 
-from infini_hf import AutoInfiniModelForCausalLM, InfiniCache, InfiniConfig, generate, patched, prefill, score
+from infini_hf import (
+    AutoInfiniModelForCausalLM,
+    InfiniCache,
+    InfiniConfig,
+    generate,
+    is_patched,
+    patch_model,
+    patched,
+    prefill,
+    score,
+    unpatch_model,
+)
 from infini_hf.static_cache import StaticInfiniCache
 
 
@@ -147,3 +160,93 @@ def test_padding_inside_a_row_of_a_hybrid_is_said_before_steps_of_fixed_shapes(p
         StaticInfiniCache.from_cache(cache, model)
     # A token of the next step stands after what is right of the row's last one.
     assert ("padding between the tokens of a row" in caplog.text) == (padding == "right")
+
+
+def test_a_cache_of_a_model_that_is_gone_is_refused():
+    model = build_patched("llama", segment_length=8, overlap=2)
+    cache = prefill(model, random_ids(1, 20))
+    twin = copy.copy(cache)
+    model = build_patched("llama", seed=1, segment_length=8, overlap=2)
+    gc.collect()
+    with pytest.raises(ValueError, match=r"filled by a model that is gone, .* cache.save_pretrained, while the first"):
+        prefill(model, random_ids(1, 5), cache=cache)
+    with pytest.raises(ValueError, match="a model that is gone"):
+        StaticInfiniCache.from_cache(twin, model)
+    # Emptied it belongs to nobody.
+    cache.reset()
+    assert prefill(model, random_ids(1, 5), cache=cache).seen == (5,)
+
+
+@pytest.mark.parametrize("count", [21, 15])
+def test_ids_that_the_cache_holds_already_are_not_read_again(llama, count):
+    ids = random_ids(1, 21)
+    cache = prefill(llama, ids)
+    with pytest.raises(ValueError, match=f"holds 21 columns and the call has {count}: .* at least one more; infini"):
+        llama.generate(ids[:, :count], past_key_values=cache, max_new_tokens=3, do_sample=False)
+    assert cache.seen == (21,)
+    # The ways out: one id more, or the new ones alone.
+    more = torch.cat([ids, random_ids(1, 1, seed=2)], dim=1)
+    expected = llama.generate(more, max_new_tokens=6, do_sample=False)
+    found = llama.generate(more, past_key_values=copy.copy(cache), max_new_tokens=6, do_sample=False)
+    assert torch.equal(found, expected)
+    found = generate(llama, more[:, -1:], cache=cache, max_new_tokens=6, do_sample=False)
+    assert torch.equal(found[:, 1:], expected[:, 22:])
+
+
+def test_layers_that_stay_global_make_padding_inside_a_row_no_matter(caplog):
+    model, ids = build_patched("llama", segment_length=8, layers=[1]), random_ids(2, 20)
+    mask = torch.ones_like(ids)
+    mask[1, 12:] = 0
+    rest = random_ids(2, 5, seed=3)
+    with caplog.at_level(logging.WARNING, logger="infini_hf"):
+        _, cache = read(model, ids, mask=mask)
+        found, _ = read(model, rest, cache=cache)
+    assert "padding between the tokens of a row" not in caplog.text
+    alone = read_whole(model, torch.cat([ids[1:, :12], rest[1:]], dim=1))
+    assert relative_error(found[1:], alone[:, 12:]) <= 1e-5
+
+
+def test_a_model_without_a_head_reads_and_says_why_it_does_not_write(tmp_path):
+    stock = build("llama")
+    model = patch_model(type(stock.model)(stock.config), InfiniConfig(segment_length=8)).eval()
+    ids = random_ids(1, 20)
+    assert prefill(model, ids).seen == (20,)
+    for function in (generate, score):
+        with pytest.raises(TypeError, match="a LlamaModel predicts no tokens: load the checkpoint as a causal"):
+            function(model, ids)
+    # Its gates have their own names in a folder, and find their places all the same.
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.memory_gate.bias.normal_()
+    model.save_pretrained(tmp_path)
+    loaded = AutoInfiniModelForCausalLM.from_pretrained(tmp_path)
+    for own, other in zip(model.layers, loaded.model.layers, strict=True):
+        assert torch.equal(own.self_attn.memory_gate.bias, other.self_attn.memory_gate.bias)
+
+
+def test_a_decoder_that_was_patched_alone_is_unpatched_from_outside_too():
+    model = build("llama")
+    expected = read_whole_stock(model)
+    patch_model(model.model, InfiniConfig(segment_length=8))
+    with pytest.raises(ValueError, match="patched already: call unpatch_model"):
+        patch_model(model)
+    unpatch_model(model)
+    assert not is_patched(model)
+    assert "infini_attention" not in vars(model.model.config)
+    assert torch.equal(read_whole_stock(model), expected)
+    assert is_patched(patch_model(model))
+
+
+def read_whole_stock(model):
+    with torch.no_grad():
+        return model(random_ids(1, 20)).logits
+
+
+def test_an_error_inside_a_context_is_the_one_that_comes_out():
+    model = build("llama")
+    context = patched(model)
+    context.__enter__()
+    unpatch_model(model)
+    # What the context does with an error of the user.
+    assert not context.__exit__(RuntimeError, RuntimeError("of the user"), None)
+    assert not is_patched(model)

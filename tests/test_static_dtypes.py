@@ -1,6 +1,7 @@
 """The static cache under autocast, with what another precision has read, and with weights that are elsewhere."""
 
 import contextlib
+import copy
 
 import pytest
 import torch
@@ -105,3 +106,24 @@ def test_weights_that_accelerate_keeps_elsewhere(warm):
         assert torch.equal(generate(model, ids[:, 12:], cache=cache, **options), expected[:, 12:])
     else:
         assert torch.equal(generate(model, ids, cache=cache, **options), expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("to", [torch.bfloat16, torch.float16])
+def test_a_model_that_is_cast_goes_on_with_its_cache(attention, to, static):
+    model = build_patched("llama", attention=attention, segment_length=SEGMENT, overlap=3, sink_tokens=1)
+    ids, more = random_ids(2, 20), random_ids(2, 2 * SEGMENT, seed=1)
+    cache = prefill(model, ids, progress=False)
+    with torch.no_grad():
+        expected = model(more, past_key_values=copy.copy(cache)).logits
+        model.to(to)
+        if static:
+            cache = StaticInfiniCache.from_cache(cache, model)
+        found = [model(token, past_key_values=cache).logits for token in more.split(1, dim=1)]
+    found = torch.cat(found, dim=1)
+    assert found.dtype == to
+    # What rounding every weight to eight bits makes of a logit.
+    assert (found.float() - expected).abs().max() <= 0.05 * expected.abs().max()
+    kept = (cache.to_infini_cache() if static else cache).layers[0]
+    assert kept.memory.dtype == torch.float32

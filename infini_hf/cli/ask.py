@@ -22,7 +22,7 @@ def ask(
     temperature: float = typer.Option(
         0.0, min=0.0, help="0 is greedy; the paper's BookSum setting is 0.5 with top-p 0.95."
     ),
-    top_p: float = typer.Option(0.95, help="Nucleus sampling, when the temperature is not 0."),
+    top_p: float = typer.Option(0.95, min=0.0, max=1.0, help="Nucleus sampling, when the temperature is not 0."),
     seed: int = typer.Option(0, **SEEDS, help="Seed of the sampling."),
     save: bool = typer.Option(False, "--save", help="Keep question and answer in the memory, for the next turn."),
     adapter: str = ADAPTER,

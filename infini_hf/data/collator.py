@@ -37,7 +37,7 @@ class InfiniCollator:
 
     Raises:
         ValueError: when the tokenizer has neither token, a row has no `input_ids` or no `labels`, is empty, or its
-            columns differ in length; the message names the row.
+            columns differ in length, or a source is no earlier column; the message names the row.
     """
 
     tokenizer: Any
@@ -115,4 +115,16 @@ def checked(row, index):
                 f"{which} has {name} of shape {tuple(values.shape)} and {values.dtype}: give a plain list of "
                 f"{'floats' if name == WEIGHTS else 'ids'}"
             )
+    if SOURCES in tensors:
+        check_sources(tensors[SOURCES], which)
     return {**row, "attention_mask": torch.ones(length, dtype=torch.int64), **tensors}
+
+
+def check_sources(sources, which):
+    """Raise where a token's source is neither -1 nor a column before it."""
+    odd = ((sources < -1) | (sources >= torch.arange(len(sources)))).nonzero().flatten().tolist()
+    if odd:
+        raise ValueError(
+            f"{which} has the source {int(sources[odd[0]])} for token {odd[0]}: a source is the column of an earlier "
+            "token, or -1 for none"
+        )
