@@ -29,7 +29,7 @@ def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, 
             "one of them out"
         )
     if cache is not None and cache.seen and not cache.hidden_columns:
-        check_goes_on(cache, model_kwargs.get("attention_mask"), generation_config)
+        check_goes_on(cache, model_kwargs, generation_config)
     kind = generation_config.cache_implementation
     if cache is None and kind not in (None, "dynamic", "dynamic_full", "offloaded", "static"):
         raise ValueError(
@@ -53,7 +53,7 @@ def prepare_cache_for_generation(model, generation_config, model_kwargs, *args, 
     return type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *args, **kwargs)
 
 
-def check_goes_on(cache, mask, generation_config):
+def check_goes_on(cache, model_kwargs, generation_config):
     """Refuse a call of `generate` that brings no more than its cache holds.
 
     The stock loop takes off as many ids as a cache holds; where no more come it would read some of them once again.
@@ -61,10 +61,14 @@ def check_goes_on(cache, mask, generation_config):
     Raises:
         ValueError: with both lengths.
     """
+    mask, embeds = model_kwargs.get("attention_mask"), model_kwargs.get("inputs_embeds")
     # Where all of a mask is ones the stock loop keeps its length alone.
     length = getattr(generation_config, "_mask_length", None) if mask is None else mask.shape[1]
+    # Of embeddings it takes off what the cache holds, whatever the mask says.
+    length = length if embeds is None else embeds.shape[1]
     if length is not None and length <= cache.get_seq_length():
         raise ValueError(
             f"the cache holds {cache.get_seq_length()} columns and the call has {length}: model.generate wants all "
-            "ids of a stream from its start and at least one more; infini_hf.generate takes the new ones alone"
+            "of a stream from its start and at least one id more; infini_hf.generate takes new ids alone, and "
+            "model(inputs_embeds=..., past_key_values=cache) new embeddings"
         )

@@ -112,7 +112,7 @@ def check_reader(cache, decoder):
         raise ValueError(
             f"this cache was filled by {which}, whose memory means nothing here: make a cache for each model, or "
             "carry it over between equal models with cache.save_pretrained, while the first is there, and "
-            "InfiniCache.from_pretrained"
+            "InfiniCache.from_pretrained; else read the text again"
         )
 
 

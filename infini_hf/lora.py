@@ -133,12 +133,14 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         that is not quantized: a 4-bit weight rounds the adapter away).
 
     Raises:
-        TypeError: when `base` is of another kind, or an instance comes with options of loading one, or an adapted one
-            without an `adapter_name` that is free.
-        ValueError: when there is no adapter, it does not record its patch or lacks gates, the base is patched
-            differently, or a weight of the file has no place in the model. An instance loses its new patch again.
+        TypeError: when `base` is of another kind, or an instance comes with options of loading one.
+        ValueError: when an adapted base has an adapter of that name, there is no adapter, it does not record its patch
+            or lacks gates, the base is patched differently, or a weight of the file has no place in the model. An
+            instance loses its new patch, or its new adapter, again.
     """
     directory = os.fspath(directory)
+    if isinstance(base, PeftModel):
+        check_free(base, kwargs.get("adapter_name", "default"))
     options = {key: kwargs.pop(key) for key in PEFT_OPTIONS if key in kwargs}
     options |= {key: kwargs[key] for key in SHARED_OPTIONS if key in kwargs}
     options |= {"revision": revision, "subfolder": subfolder}
@@ -147,8 +149,6 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
     patch = InfiniConfig.from_dict(config.infini_attention)
     shapes = read_shapes(directory, hub)
     name = options.get("adapter_name", "default")
-    if isinstance(base, PeftModel):
-        check_free(base, name)
     model = open_base(base, patch, directory, kwargs)
     with contextlib.ExitStack() as undo:
         if not is_patched(model):
@@ -162,7 +162,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
         options["ignore_mismatched_sizes"] = True
         if isinstance(base, PeftModel):
             peft_model = base
-            undo.callback(lambda: name in base.peft_config and base.delete_adapter(name))
+            undo.callback(take_out, base, name, config, standing_of(base))
             add_to(base, name, directory, config, is_trainable, options)
         else:
             options |= {"config": config, "is_trainable": is_trainable}
@@ -176,7 +176,7 @@ def load_adapter(base, directory, is_trainable=False, revision=None, subfolder=N
 def check_free(base, name):
     """Raise when an adapted model has an adapter of that name already."""
     if name in base.peft_config:
-        raise TypeError(
+        raise ValueError(
             f"adapter_name={name!r}: the model has an adapter of that name; give another, as in "
             "load_adapter(peft_model, directory, adapter_name='second')"
         )
@@ -185,11 +185,31 @@ def check_free(base, name):
 def add_to(peft_model, name, directory, config, is_trainable, options):
     """Another adapter for an adapted model, with the record of its patch, which PEFT's own way of loading drops."""
     config.inference_mode = not is_trainable
-    peft_model.add_adapter(name, config)
     known = {key: value for key, value in options.items() if key not in ("adapter_name", "ephemeral_gpu_offload")}
+    making = {key: known[key] for key in ("autocast_adapter_dtype", "low_cpu_mem_usage") if key in known}
+    peft_model.add_adapter(name, config, **making)
     peft_model.load_adapter(directory, name, **known)
     if is_trainable:
         peft_model.set_adapter(name)
+
+
+def standing_of(peft_model):
+    """What taking an adapter out again may change: which are active, what is trained, and what is in training mode."""
+    trained = {name: parameter.requires_grad for name, parameter in peft_model.named_parameters()}
+    return list(peft_model.active_adapters), trained, {part: part.training for part in peft_model.modules()}
+
+
+def take_out(peft_model, name, config, standing):
+    """Remove an adapter that could not be loaded, and put the others back as they stood."""
+    active, trained, modes = standing
+    # PEFT takes a name back where it could not make all of an adapter, and leaves what it had made.
+    peft_model.peft_config.setdefault(name, config)
+    peft_model.delete_adapter(name)
+    peft_model.base_model.set_adapter(active)
+    for parameter_name, parameter in peft_model.named_parameters():
+        parameter.requires_grad_(trained.get(parameter_name, parameter.requires_grad))
+    for part, mode in modes.items():
+        part.training = mode
 
 
 def read_config(directory, hub):

@@ -54,5 +54,5 @@ def check_gate_parts(model, shapes, directory):
     if absent:
         raise ValueError(
             f"{directory}: the adapter's gates were trained without {absent}, which the base has: pass the base that "
-            "it was trained on"
+            "it was trained on, and beside adapters with such parts load this one first"
         )

@@ -121,7 +121,7 @@ class StaticInfiniCache(InfiniCache):
             raise ValueError(f"this cache was made for {self.infini_config} and the model is patched with {config}")
         if self.reader is not None and self.reader() is not decoder:
             which = "another model" if self.reader() is not None else "a model that is gone"
-            raise ValueError(f"this cache was filled by {which}, whose memory means nothing here")
+            raise ValueError(f"this cache was filled by {which}, whose memory means nothing here: read the text again")
         self.reader = weakref.ref(decoder)
 
     def to_infini_cache(self):

@@ -41,7 +41,7 @@ def require_patched(model):
                 f"adapter {name!r} ({adapter.peft_type}): virtual tokens before a text would be left out here; use "
                 "an adapter that changes weights (infini_hf.lora.lora_config)"
             )
-        if getattr(adapter, "alora_invocation_tokens", None):
+        if getattr(adapter, "alora_invocation_tokens", None) and name in active_adapters(model):
             raise NotImplementedError(
                 f"adapter {name!r} has alora_invocation_tokens: PEFT looks for them in each call, and would switch it "
                 "off in the segments after them; call the PEFT model itself on whole inputs (its own generate, the "
@@ -53,6 +53,13 @@ def require_patched(model):
             f"this {type(model).__name__} is not patched: call infini_hf.patch_model(model, InfiniConfig(...)) first"
         )
     return inner
+
+
+def active_adapters(model):
+    """The names of the adapters that are switched on, of the first module that knows them: all have the same."""
+    # Of a transformers model it is a method.
+    lists = (getattr(part, "active_adapters", None) for part in model.modules())
+    return next((names for names in lists if isinstance(names, list)), [])
 
 
 def require_head(model):

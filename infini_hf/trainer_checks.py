@@ -1,11 +1,12 @@
 """What `InfiniTrainer` refuses before it begins, each by name and with a way out."""
 
+import inspect
+
 from accelerate.utils import DynamoBackend
-from transformers.loss.loss_utils import ForCausalLMLoss
 from transformers.trainer_utils import has_length
 
 from .cache import infini_config_of
-from .streaming import require_patched
+from .streaming import require_head
 from .training_args import SUPERVISION_WEIGHTS, check_recomputation
 
 
@@ -124,11 +125,13 @@ def refuse_options(trainer):
 
 def refuse_losses(model):
     """Raise for a loss that is not that of the segments' targets, added up."""
-    function = require_patched(model).loss_function
-    if function is not ForCausalLMLoss:
+    function = require_head(model).loss_function
+    # What takes both, as the stock loss does, is asked with both.
+    if not {"shift_labels", "num_items_in_batch"} <= inspect.signature(function).parameters.keys():
         raise NotImplementedError(
             f"model.loss_function is {getattr(function, '__qualname__', function)!r}: segments come with targets that "
-            "are shifted already, and with the count of a whole step; use the stock Trainer, which reads whole rows"
+            "are shifted already, and with the count of a whole step: take shift_labels and num_items_in_batch, or "
+            "use the stock Trainer, which reads whole rows"
         )
     for name, adapter in (getattr(model, "peft_config", None) or {}).items():
         # A PEFT type is a text of its own kind.

@@ -7,9 +7,11 @@ import torch
 from models import add_moved_projections, build, build_patched, random_ids
 from peft import AdaLoraConfig, AdaptionPromptConfig, LoraConfig, PrefixTuningConfig, get_peft_model
 from reading import assert_close
+from safetensors.torch import load_file, save_file
 from training import make_trainer
+from transformers.loss.loss_utils import ForCausalLMLoss
 
-from infini_hf import generate, prefill, score
+from infini_hf import InfiniConfig, generate, patch_model, prefill, score
 from infini_hf.lora import InfiniLoraConfig, load_adapter, lora_config
 
 PATCH = {"segment_length": 8, "overlap": 2}
@@ -85,10 +87,42 @@ def test_a_second_adapter_that_does_not_fit_leaves_the_first_alone(tmp_path, ids
             load_adapter(model, folder, adapter_name="second")
         assert list(model.peft_config) == ["default"]
         assert_close(logits(model, ids), before)
-    with pytest.raises(TypeError, match="'default': the model has an adapter of that name; give another"):
+    with pytest.raises(ValueError, match="'default': the model has an adapter of that name; give another"):
         load_adapter(model, one)
     with pytest.raises(ValueError, match="not patched"):
         load_adapter(get_peft_model(build(), LoraConfig(**LORA)), one, adapter_name="second")
+
+
+@pytest.mark.filterwarnings("ignore:Found missing adapter keys")
+@pytest.mark.parametrize("is_trainable", [True, False])
+def test_an_adapter_that_is_not_whole_is_taken_out_again(tmp_path, ids, is_trainable):
+    one, two = (saved(tmp_path, patched(), name, seed) for name, seed in (("one", 1), ("two", 2)))
+    model = load_adapter(patched(), one, is_trainable=True)
+    load_adapter(model, two, adapter_name="second", is_trainable=True)
+    weights = load_file(two / "adapter_model.safetensors")
+    del weights[next(name for name in weights if "lora_A" in name)]
+    save_file(weights, two / "adapter_model.safetensors")
+    before, trained = logits(model, ids), trainable(model)
+    with pytest.raises(ValueError, match="does not fit this base: nothing in the file for"):
+        load_adapter(model, two, adapter_name="third", is_trainable=is_trainable)
+    assert list(model.peft_config) == ["default", "second"]
+    assert model.active_adapters == ["second"]
+    assert trainable(model) == trained
+    assert not any("third" in name for name, _ in model.named_parameters())
+    assert_close(logits(model, ids), before)
+
+
+def trainable(model):
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_projections_come_after_adapters_without_them(tmp_path):
+    one = saved(tmp_path, patched(), "one", seed=1)
+    two = saved(tmp_path, add_moved_projections(patched(), 0.5), "two", seed=2)
+    model = load_adapter(patched(), two)
+    with pytest.raises(ValueError, match=r"trained without .*query_projection.* load this one first"):
+        load_adapter(model, one, adapter_name="second")
+    assert list(model.peft_config) == ["default"]
 
 
 # Kinds that know nothing of segments
@@ -103,8 +137,12 @@ def with_invocation(ids):
 def test_an_adapter_that_tokens_switch_on_is_refused_where_they_would_be_left_out(ids, read):
     with pytest.raises(NotImplementedError, match=r"'default' has alora_invocation_tokens: .* \(its own generate"):
         read(with_invocation(ids), ids)
-    # The way out.
-    assert with_invocation(ids)(ids).logits.isfinite().all()
+    # The ways out.
+    model = with_invocation(ids)
+    assert model(ids).logits.isfinite().all()
+    model.add_adapter("plain", lora_config(patched(), **LORA))
+    model.set_adapter("plain")
+    read(model, ids)
 
 
 def test_what_needs_whole_rows_is_not_trained_segment_by_segment(tmp_path, ids):
@@ -117,6 +155,20 @@ def test_what_needs_whole_rows_is_not_trained_segment_by_segment(tmp_path, ids):
     model.loss_function = lambda logits, labels, **_: logits.sum()
     with pytest.raises(NotImplementedError, match=r"model.loss_function is '.*lambda.*use the stock Trainer"):
         make_trainer(tmp_path, model, None)
+    headless = patch_model(type(model.model)(build().config), InfiniConfig(segment_length=8))
+    with pytest.raises(TypeError, match="a LlamaModel predicts no tokens"):
+        make_trainer(tmp_path, headless, None)
+
+
+def test_a_loss_that_takes_shifted_labels_is_that_of_the_row(tmp_path, ids):
+    def twice(logits, labels, vocab_size, num_items_in_batch=None, shift_labels=None, **options):
+        return 2 * ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, shift_labels=shift_labels)
+
+    model, batch = patched(), {"input_ids": ids, "labels": ids}
+    model.loss_function = twice
+    found = make_trainer(tmp_path, model, None).compute_loss(model, batch)
+    assert_close(found, model(ids, labels=ids, use_cache=False).loss)
+    assert_close(found, 2 * patched()(ids, labels=ids, use_cache=False).loss)
 
 
 def test_an_attention_that_is_wrapped_is_refused(ids):

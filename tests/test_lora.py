@@ -405,7 +405,7 @@ def test_a_folder_that_is_no_adapter_is_refused(tmp_path, folder):
 def test_wrong_kinds_are_refused(folder):
     refused(r"\['dtype'\] say how a base is loaded", folder, error=TypeError, dtype="bfloat16")
     with pytest.raises(
-        TypeError, match=r"adapter_name='default': the model has an adapter of that name; give another"
+        ValueError, match=r"adapter_name='default': the model has an adapter of that name; give another"
     ):
         load_adapter(adapted(), folder)
     with pytest.raises(TypeError, match="base is a int"):
