@@ -1,9 +1,10 @@
 """Columns of a batch that `InfiniTrainer` reads, and what it says of those that it does not."""
 
-# Columns that say where a row belongs, and what its targets weigh.
+from .data.collator import SOURCES, WEIGHTS
+
+# Columns that say where a row belongs.
 LANE_COLUMNS = ("document", "part")
-ROW_COLUMNS = (*LANE_COLUMNS, "dilute", "sources")
-WEIGHTS = "loss_weights"
+ROW_COLUMNS = (*LANE_COLUMNS, "dilute", SOURCES)
 NO_LABELS = (
     "the batch has no labels: InfiniTrainer trains on `labels` as long as `input_ids`, -100 where nothing is learned. "
     "For language modelling add labels equal to input_ids (pack_documents does)"

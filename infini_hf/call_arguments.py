@@ -113,3 +113,19 @@ def check_packing(kwargs):
             f"{found[0]} says that several texts lie in one row, as in packed batches and in generate_batch "
             "(continuous batching): their memories would mix. Give each text a row of its own; padded rows are fine"
         )
+
+
+def check_reader(cache, decoder):
+    """Raise for a cache that another model has filled, one that is gone included.
+
+    Raises:
+        ValueError: with the way from one model to an equal one.
+    """
+    reader = decoder if cache.reader is None else cache.reader()
+    if reader is not decoder:
+        which = "another model" if reader is not None else "a model that is gone"
+        raise ValueError(
+            f"this cache was filled by {which}, whose memory means nothing here: make a cache for each model, or "
+            "carry it over between equal models with cache.save_pretrained, while the first is there, and "
+            "InfiniCache.from_pretrained; else read the text again"
+        )

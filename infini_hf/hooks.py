@@ -9,7 +9,7 @@ from transformers.masking_utils import sliding_window_causal_mask_function
 
 from .attention import PLAN, InfiniAttention, build_mask
 from .cache import InfiniCache, infini_config_of
-from .call_arguments import check_packing, check_positions, read_padding, read_scale
+from .call_arguments import check_packing, check_positions, check_reader, read_padding, read_scale
 from .families import family_of
 from .inner_padding import warn_of_inner_padding
 from .rope import window_tables
@@ -98,22 +98,6 @@ def resolve_cache(decoder, kwargs, batch):
             "use batch_repeat_interleave or batch_select_indices on the cache, or a cache for each batch"
         )
     return cache
-
-
-def check_reader(cache, decoder):
-    """Raise for a cache that another model has filled, one that is gone included.
-
-    Raises:
-        ValueError: with the way from one model to an equal one.
-    """
-    reader = decoder if cache.reader is None else cache.reader()
-    if reader is not decoder:
-        which = "another model" if reader is not None else "a model that is gone"
-        raise ValueError(
-            f"this cache was filled by {which}, whose memory means nothing here: make a cache for each model, or "
-            "carry it over between equal models with cache.save_pretrained, while the first is there, and "
-            "InfiniCache.from_pretrained; else read the text again"
-        )
 
 
 def stream_positions(seen, mask, columns, device):

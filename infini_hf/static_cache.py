@@ -10,6 +10,7 @@ import weakref
 import torch
 
 from .cache import InfiniCache, infini_config_of
+from .call_arguments import check_reader
 from .inner_padding import warn_of_inner_padding
 from .inputs import input_device
 from .rope import window_tables
@@ -119,9 +120,7 @@ class StaticInfiniCache(InfiniCache):
         config = infini_config_of(decoder.config)
         if self.infini_config != config:
             raise ValueError(f"this cache was made for {self.infini_config} and the model is patched with {config}")
-        if self.reader is not None and self.reader() is not decoder:
-            which = "another model" if self.reader() is not None else "a model that is gone"
-            raise ValueError(f"this cache was filled by {which}, whose memory means nothing here: read the text again")
+        check_reader(self, decoder)
         self.reader = weakref.ref(decoder)
 
     def to_infini_cache(self):

@@ -158,13 +158,13 @@ class InfiniTrainer(ResumableTrainer):
 
     def _read_rows(self, model, input_ids=None, labels=None, num_items_in_batch=None, **others):
         document, part, dilute, sources = (others.pop(name, None) for name in ROW_COLUMNS)
-        check_columns(input_ids, others)
         if labels is None:
             raise ValueError(NO_LABELS)
         if self.shared_rows is None:
             segments, filling = self._cut(input_ids, labels, **others)
             longest = len(segments)
         else:
+            check_columns(input_ids, others)
             segments, longest = self.shared_rows.cut(input_ids, labels, **others)
             filling = 0
         # Of processes that share rows, each has its part of a target.

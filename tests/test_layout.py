@@ -12,8 +12,8 @@ import infini_hf
 PACKAGE = Path(infini_hf.__file__).parent
 # Bottom up; a module or subpackage imports from rows above its own, never from its own row or below.
 ROWS = (
-    "version assets batch_columns data heap memory dilution sharding output_head collectives fast_paths",
-    "windows retrieval_losses step_options fingerprint",
+    "version assets data heap memory dilution sharding output_head collectives fast_paths",
+    "windows retrieval_losses step_options fingerprint batch_columns",
     "config segments inputs call_arguments segment_step training_args local_attention memory_read",
     "gate generation_options",
     "layer_state memory_maps parameter_groups",

@@ -1,6 +1,5 @@
 """Figures of curves, drawn without a screen and without pyplot's global state."""
 
-from itertools import cycle
 from pathlib import Path
 
 NOT_INSTALLED = "a figure needs matplotlib: pip install matplotlib"
@@ -38,7 +37,7 @@ def draw_by_position(curves, path, mark=None, ratios=None, base="closed"):
         ModuleNotFoundError: when matplotlib is not installed.
     """
     figure, axes = new_figure((6.4 if not ratios else 9.6, 4.0), 2 if ratios else 1, shared=False)
-    colours = dict(zip(dict.fromkeys([*curves, *(ratios or ())]), cycle(f"C{n}" for n in range(10))))
+    colours = {name: f"C{index}" for index, name in enumerate(dict.fromkeys([*curves, *(ratios or ())]))}
     draw_curves(axes[0], curves, mark=mark, colours=colours)
     label(axes[0], POSITION, "perplexity")
     axes[0].legend(fontsize=7, frameon=False)
